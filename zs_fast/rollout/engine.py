@@ -1,0 +1,63 @@
+"""The engine: the only rollout type that the training loop knows. Token ids in, token ids out.
+
+One engine serves several roles. `add` many requests, `step` until their completions fall out, in any order; a request
+may be added between any two steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from zs_fast.types import Completion, Role
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How one request is sampled. `temperature=0` is greedy. Token i is drawn with draw i of `seed`'s own stream."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all tokens."""
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Strings that end the completion once the decoded text holds one; the token that completed it is kept, whole."""
+
+
+class Engine(Protocol):
+    """What samples. `step` must return in bounded time; a remote engine waits at most 50 ms in it."""
+
+    def add(
+        self, request_id: int, prompt_ids: list[int], sampling: Sampling, *, role: Role, cache_salt: str | None = None
+    ) -> None:
+        """Queue a request. `(role, request_id)` is unique among unfinished requests.
+
+        `prompt_ids` is the whole context. Where it extends the context of the last finished request with the same
+        `(role, cache_salt)`, the KV of the shared prefix is reused: a trajectory passes its own salt every turn, so
+        no token is prefilled twice. Raises EngineError if the prompt is empty or can't fit.
+        """
+        ...
+
+    def step(self) -> list[Completion]:
+        """Advance all roles by one token each (or one prefill); what finished since the last call, maybe nothing."""
+        ...
+
+    def end(self, role: Role, cache_salt: str) -> None:
+        """The trajectory is over: the KV kept under this salt may be dropped."""
+        ...
+
+    def publish(self, version: int) -> None:
+        """The weights behind the roles changed: later completions carry `version`; stale KV is never used."""
+        ...
+
+    def release_kv(self) -> int:
+        """Give the KV memory back; the number of bytes freed. Only while no request is unfinished."""
+        ...
+
+    def acquire_kv(self) -> None:
+        """Take the KV memory again after `release_kv`."""
+        ...
+
+    def close(self) -> None: ...

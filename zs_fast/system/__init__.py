@@ -1,0 +1,1 @@
+"""Machines: seeds, memory, weights, checkpoints, metrics, processes."""
