@@ -6,24 +6,9 @@ may be added between any two steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
-from zs_fast.types import Completion, Role
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How one request is sampled. `temperature=0` is greedy. Token i is drawn with draw i of `seed`'s own stream."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 keeps all tokens."""
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    """Strings that end the completion once the decoded text holds one; the token that completed it is kept, whole."""
+from zs_fast.types import Completion, Role, Sampling
 
 
 class Engine(Protocol):
