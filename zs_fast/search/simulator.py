@@ -1,0 +1,155 @@
+"""A language model plays the search engine (ZeroSearch, arXiv:2505.04588, sections 3.2 and 3.3).
+
+Each search is one request with role SIMULATOR to the engine that also serves the policy (or to a remote one), added the
+moment it is submitted: all searches of a step are in flight together. Nothing is retried here and nothing is made up:
+a search without documents comes back as failed, once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Protocol
+
+from zs_fast.config import SimulatorConfig
+from zs_fast.errors import EngineError
+from zs_fast.search.documents import parse_documents
+from zs_fast.search.prompts import simulator_prompt
+from zs_fast.search.reward import contains_answer
+from zs_fast.system.seeds import seed_for, uniform
+from zs_fast.types import Completion, FinishReason, Role, Sampling, SearchMode, SearchRequest, SearchResult
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+_CONTROL_TOKEN = re.compile(r"<(?=[/|!]?\w|\|)|\[(?=/?(?:INST|SYSTEM|TOOL|AVAILABLE)\w*\])", re.IGNORECASE)
+
+
+class SimulatorEngine(Protocol):
+    """The part of an engine that a simulator needs."""
+
+    def add(
+        self, request_id: int, prompt_ids: list[int], sampling: Sampling, *, role: Role, cache_salt: str | None = None
+    ) -> None: ...
+
+
+class SimulatorCodec(Protocol):
+    """Text to ids and back for the simulator's model."""
+
+    def encode_prompt(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class SimulatedSearch:
+    """A SearchBackend that asks a language model for documents, useful or noisy by a seeded draw.
+
+    `SearchResult.error` of a failed search is one of `empty_output`, `refused`, `engine_refused: ...` (the engine would
+    not take the prompt) or the engine's own words.
+    """
+
+    def __init__(
+        self,
+        engine: SimulatorEngine,
+        codec: SimulatorCodec,
+        simulator: SimulatorConfig,
+        *,
+        run_seed: int,
+        max_query_characters: int = 512,
+    ) -> None:
+        self._engine = engine
+        self._codec = codec
+        self._simulator = simulator
+        self._run_seed = run_seed
+        self._max_query_characters = max_query_characters
+        self._next_request_id = 0
+        self._pending: dict[int, tuple[SearchRequest, SearchMode]] = {}
+        self._results: list[SearchResult] = []
+
+    def submit(self, request: SearchRequest) -> None:
+        """Draw the mode, write the prompt from the request's own question, and add it to the engine."""
+        mode = self.mode(request)
+        asked = replace(request, query=clean_query(request.query, self._max_query_characters))
+        prompt = simulator_prompt(self._simulator.template, mode, asked, self._simulator.documents)
+        sampling = Sampling(
+            max_new_tokens=self._simulator.max_new_tokens,
+            temperature=self._simulator.temperature,
+            seed=self._seed(request, "sample"),
+        )
+        request_id = self._next_request_id
+        self._next_request_id += 1
+        self._pending[request_id] = (request, mode)
+        try:
+            self._engine.add(request_id, self._codec.encode_prompt(prompt), sampling, role=Role.SIMULATOR)
+        except EngineError as error:
+            del self._pending[request_id]
+            self._results.append(_failed(request, mode, f"engine_refused: {error}"))
+
+    def deliver(self, completion: Completion) -> None:
+        """Turn a simulator completion into the result of the search it was added for."""
+        if completion.role is not Role.SIMULATOR or completion.request_id not in self._pending:
+            raise EngineError(
+                f"The simulator got a completion (role {completion.role}, request {completion.request_id}) that it did "
+                f"not ask for; {len(self._pending)} searches are under way. Give each engine's completions to the "
+                "backend that added them."
+            )
+        request, mode = self._pending.pop(completion.request_id)
+        self._results.append(self._result(request, mode, completion))
+
+    def poll(self) -> list[SearchResult]:
+        """The searches finished since the last call, in the order they finished."""
+        results, self._results = self._results, []
+        return results
+
+    @property
+    def num_pending(self) -> int:
+        """Searches that the engine has not finished yet."""
+        return len(self._pending)
+
+    def mode(self, request: SearchRequest) -> SearchMode:
+        """NOISY with probability `request.noise_probability`; a pure function of the run seed and the request."""
+        draw = uniform(self._seed(request, "noise"))
+        return SearchMode.NOISY if draw < request.noise_probability else SearchMode.USEFUL
+
+    def _seed(self, request: SearchRequest, purpose: str) -> int:
+        shared = purpose == "noise" and self._simulator.share_noise_in_group
+        return seed_for(
+            self._run_seed,
+            step=request.step,
+            question_id=request.question.id,
+            sample=0 if shared else request.sample,
+            turn=request.turn,
+            role=Role.SIMULATOR,
+            purpose=purpose,
+        )
+
+    def _result(self, request: SearchRequest, mode: SearchMode, completion: Completion) -> SearchResult:
+        num_tokens = len(completion.token_ids)
+        if completion.finish_reason is FinishReason.FAILED:
+            return _failed(request, mode, completion.error or "engine_failed", num_tokens)
+        parsed = parse_documents(self._codec.decode(list(completion.token_ids)), self._simulator.documents)
+        if not parsed.documents:
+            return _failed(request, mode, "refused" if parsed.refused else "empty_output", num_tokens)
+        return SearchResult(
+            request=request,
+            documents=parsed.documents,
+            mode=mode,
+            contains_answer=contains_answer(parsed.documents, request.question.answers),
+            malformed=parsed.malformed or completion.finish_reason is FinishReason.LENGTH,
+            num_generated_tokens=num_tokens,
+        )
+
+
+def clean_query(query: str, max_characters: int) -> str:
+    """The policy's query as one line of at most `max_characters`, for a prompt that holds the gold answer.
+
+    Control, bidirectional and zero-width characters and line breaks become spaces, so that a query can't open a new
+    line of the prompt. A space is put into anything that looks like a control token or a tag (`<|im_end|>`, `</s>`,
+    `[INST]`): a local codec can't be injected anyway, but a remote server tokenises the text itself.
+    """
+    one_line = " ".join(_UNPRINTABLE.sub(" ", query).split())
+    return _CONTROL_TOKEN.sub(lambda match: match[0] + " ", one_line)[:max_characters].strip()
+
+
+def _failed(request: SearchRequest, mode: SearchMode, error: str, num_generated_tokens: int = 0) -> SearchResult:
+    return SearchResult(
+        request=request, documents=(), mode=mode, failed=True, error=error, num_generated_tokens=num_generated_tokens
+    )
