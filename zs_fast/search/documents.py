@@ -17,7 +17,7 @@ _MARKER = re.compile(
     r"[*_\[(]{0,3}"
     r"(?:doc|document)[ \t_\-.#]{0,3}(\d{1,3})"
     r"[*_\])]{0,3}"
-    r"(?:\s{0,4}(?:[:：]|[.)\-–—](?=[\s*_]|$))[*_]{0,3}|\s*$)",  # noqa: RUF001 - models write these dashes and this colon
+    r"(?:\s{0,4}(?:[:：]|[.)\-–—](?=[\s*_]|$))[*_]{0,3}|\s*$)",
     re.IGNORECASE,
 )
 _NUMBERED = re.compile(r"[*_\[(]{0,3}(\d{1,2})[*_]{0,3}[.):\]](?:[*_]{0,3}\s|\s*$)")

@@ -15,7 +15,7 @@ class SearchBackend(Protocol):
         ...
 
     def deliver(self, completion: Completion) -> None:
-        """Hand over a completion that the engine finished for this backend. A backend without a model never gets one."""
+        """Hand over a completion that the engine finished for this backend; one without a model never gets any."""
         ...
 
     def poll(self) -> list[SearchResult]:

@@ -1,0 +1,123 @@
+"""Hugging Face `datasets`: folders written by `save_to_disk`, and data sets by hub id. The package is optional."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zs_fast.errors import DataError
+from zs_fast.search.readers import Row, bad_value, excerpt
+
+HUB_TIMEOUT_S = 2.0
+BATCH_ROWS = 1024
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_SPLIT = re.compile(r"[A-Za-z0-9_.]{1,95}")
+_HUB_ID = re.compile(rf"(?P<id>{_NAME}/{_NAME})(?:/(?P<configuration>{_NAME}))?(?::(?P<split>[A-Za-z0-9_.]{{1,95}}))?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """One split of a data set. `schema` is its Arrow schema; `rows(columns)` reads only those columns."""
+
+    label: str
+    """What error messages call it."""
+    name: str
+    """The source of rows that name none."""
+    schema: Any
+    rows: Callable[[tuple[str, ...]], Iterator[Row]]
+
+
+def split_spec(spec: str) -> tuple[str, str | None]:
+    """("folder", "train") of "folder:train"; the split is None where there is none."""
+    folder, colon, split = spec.rpartition(":")
+    return (folder, split) if colon and folder and _SPLIT.fullmatch(split) else (spec, None)
+
+
+def is_hub_id(spec: str) -> bool:
+    """Has `spec` the form owner/name[/configuration][:split]?"""
+    return _HUB_ID.fullmatch(spec) is not None
+
+
+def open_folder(folder: Path, split: str | None) -> Table:
+    """A split of a folder written by `save_to_disk`; `train` where the folder has splits and none is named."""
+    if not any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        raise DataError(
+            f"{folder}: is a folder without dataset_info.json or dataset_dict.json, so not one that "
+            "datasets.save_to_disk wrote. Name a file in it instead."
+        )
+    datasets = _datasets()
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{folder}: the folder is damaged ({excerpt(str(error))}). Save the data set again.") from error
+    return _table(str(folder), folder.name, _one_split(str(folder), loaded, split))
+
+
+def open_hub(spec: str) -> Table:
+    """A split of a data set from the hub or its local cache; `train` where none is named.
+
+    Without a cached copy the hub must answer within 2 seconds.
+    """
+    match = _HUB_ID.fullmatch(spec)
+    assert match is not None, spec
+    datasets = _datasets()
+    hub_errors = importlib.import_module("huggingface_hub.errors")
+    try:
+        _ask_hub(match["id"])
+        loaded = datasets.load_dataset(match["id"], match["configuration"])
+    except (OSError, ValueError, RuntimeError, hub_errors.HfHubHTTPError) as error:
+        raise DataError(
+            f"{spec}: there is no file or folder of this name here, and the Hugging Face hub gave no data set "
+            f"{match['id']} ({type(error).__name__}: {excerpt(str(error))}). Check the name and the "
+            "network, or give a local file."
+        ) from error
+    return _table(spec, match["id"].split("/")[1], _one_split(spec, loaded, match["split"]))
+
+
+def _ask_hub(identifier: str) -> None:
+    """Fail fast where the hub can't be reached; with HF_HUB_OFFLINE=1 only the local cache is used."""
+    hub = importlib.import_module("huggingface_hub")
+    if not hub.constants.HF_HUB_OFFLINE:
+        hub.HfApi().dataset_info(identifier, timeout=HUB_TIMEOUT_S)
+
+
+def _one_split(label: str, loaded: Any, split: str | None) -> Any:
+    if not isinstance(loaded, dict):
+        if split is not None:
+            raise DataError(f"{label}: has no splits, so ':{split}' names nothing. Leave it out.")
+        return loaded
+    wanted = split or "train"
+    if wanted not in loaded:
+        raise DataError(
+            f"{label}: has no split {wanted!r}. There is {', '.join(map(str, loaded))}; name one as :split."
+        )
+    return loaded[wanted]
+
+
+def _table(label: str, name: str, dataset: Any) -> Table:
+    def rows(columns: tuple[str, ...]) -> Iterator[Row]:
+        number = 0
+        try:
+            for batch in dataset.select_columns(list(columns)).with_format("arrow").iter(BATCH_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+        except (OSError, ValueError) as error:
+            where = f"row {number + 1} or one of the {BATCH_ROWS - 1} after it"
+            raise bad_value(label, where, ", ".join(columns), f"can't be read ({excerpt(str(error))})") from error
+
+    return Table(label=label, name=name, schema=dataset.data.schema, rows=rows)
+
+
+def _datasets() -> Any:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise DataError(
+            "Folders written by save_to_disk and data sets of the Hugging Face hub need the package datasets, which "
+            "is not installed: pip install datasets. Or give a .parquet or .jsonl file."
+        ) from error
