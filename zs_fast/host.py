@@ -1,0 +1,82 @@
+"""Host algorithms on plain Python values: compiled when `_core` was built, else in Python, with the same results.
+
+Torch-free, and it imports nothing of ours, so every room may use it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+try:
+    from zs_fast import _core
+except ImportError:  # not built (no compiler), or built for another Python
+    _core = None  # type: ignore[assignment]
+
+NATIVE = _core is not None
+"""Does the compiled `_core` answer? False means the Python references below do."""
+
+
+class Tag(NamedTuple):
+    """A tag in a text: `text[start:end]` is `<name>`, or `</name>` if closing."""
+
+    start: int
+    end: int
+    name: str
+    closing: bool
+
+
+def pack_segments(lengths: Sequence[int], token_budget: int) -> list[int]:
+    """Bounds of consecutive runs of segments, `[0, ..., len(lengths)]`, each run at most token_budget tokens.
+
+    As few runs as the budget allows, and among those the smallest largest run. A segment over the budget is a run of
+    its own. Raises ValueError for a negative length or a budget below 1.
+    """
+    if token_budget < 1:
+        raise ValueError(f"token_budget is {token_budget}, expected at least 1")
+    if any(length < 0 for length in lengths):
+        raise ValueError(f"lengths holds {min(lengths)}, expected numbers >= 0")
+    if _core is not None:
+        bounds: list[int] = _core.pack_segments(lengths, token_budget)
+        return bounds
+    return pack_segments_reference(lengths, token_budget)
+
+
+def pack_segments_reference(lengths: Sequence[int], token_budget: int) -> list[int]:
+    """What `pack_segments` means: fill greedily, then search for the smallest limit that needs no more runs."""
+
+    def fill(limit: int) -> list[int]:
+        bounds, used = [0], 0
+        for index, length in enumerate(lengths):
+            if index > bounds[-1] and length > limit - used:
+                bounds.append(index)
+                used = 0
+            used = min(limit, used + length)
+        return [*bounds, len(lengths)] if lengths else bounds
+
+    best = fill(token_budget)
+    low, high = 1, token_budget
+    while low < high:
+        middle = (low + high) // 2
+        bounds = fill(middle)
+        if len(bounds) <= len(best):
+            best, high = bounds, middle
+        else:
+            low = middle + 1
+    return best
+
+
+def find_tags(text: str, names: Sequence[str]) -> list[Tag]:
+    """Every exact `<name>` and `</name>` of the given ASCII names, in order of their start, in linear time."""
+    if _core is not None:
+        return [Tag(start, end, names[k], closing) for start, end, k, closing in _core.find_tags(text, names)]
+    return find_tags_reference(text, names)
+
+
+def find_tags_reference(text: str, names: Sequence[str]) -> list[Tag]:
+    """What `find_tags` means, by one regular expression without backtracking over more than a tag."""
+    if not names:
+        return []
+    pattern = re.compile(f"<(/?)({'|'.join(map(re.escape, names))})>")
+    return [Tag(match.start(), match.end(), match[2], bool(match[1])) for match in pattern.finditer(text)]
