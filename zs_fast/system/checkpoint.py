@@ -129,7 +129,7 @@ class CheckpointStore:
                 raise self._write_error(step, error, tensors) from error
             raise
         self._after_commit(step)
-        return _read(self._path(step), step)
+        return _load(self._path(step), step)
 
     def newest(self) -> Checkpoint | None:
         """The checkpoint with the highest step that verifies, or None when there is none at all.
@@ -141,11 +141,12 @@ class CheckpointStore:
         candidates = self._candidates()
         for step, path in candidates:
             try:
-                checkpoint = _read(path, step)
+                reason = fault(path, step)
+                if reason:
+                    raise CheckpointUnusableError(f"{path}: {reason}")
+                return _load(path, step)
             except CheckpointUnusableError as error:
                 self.warnings.append(f"checkpoint skipped: {error}")
-                continue
-            return checkpoint
         if not candidates:
             return None
         raise CheckpointUnusableError(
@@ -332,10 +333,8 @@ def _covered(key: str, patterns: Collection[str]) -> bool:
     return key in patterns or any(".".join([*parts[:n], "*"]) in patterns for n in range(1, len(parts)))
 
 
-def _read(path: Path, step: int) -> Checkpoint:
-    reason = fault(path, step)
-    if reason:
-        raise CheckpointUnusableError(f"{path}: {reason}")
+def _load(path: Path, step: int) -> Checkpoint:
+    """The handle of a directory that was found faultless just before."""
     try:
         state = json.loads((path / "trainer.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:

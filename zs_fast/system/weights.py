@@ -1,0 +1,65 @@
+"""From the trainer to the engine: which weights the next completions come from, as a number and as a fact."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from zs_fast.errors import EngineError
+
+
+class Publishes(Protocol):
+    """The part of an engine that learns of new weights."""
+
+    def publish(self, version: int) -> None: ...
+
+
+class WeightPublisher:
+    """Hand-over where engine and trainer share one storage: nothing is copied, only the version is announced.
+
+    `trained` is the module the optimizer steps; `served` the one the engine samples from. Each `publish` first makes
+    sure that they still are the same memory, so that no rollout comes from stale weights unnoticed.
+    """
+
+    def __init__(self, engine: Publishes, *, trained: nn.Module, served: nn.Module) -> None:
+        """Raises EngineError when the two modules do not share every parameter and buffer."""
+        self._engine = engine
+        self._trained = trained
+        self._served = served
+        self.version = 0
+        """The version last published; 0 are the weights the run started with."""
+        check_shared(trained, served)
+
+    def publish(self, version: int) -> None:
+        """From now on completions carry `version`. Raises EngineError if it does not rise, or memory is not shared."""
+        if version <= self.version:
+            raise EngineError(f"version {version} can't follow version {self.version}: versions rise with each update.")
+        check_shared(self._trained, self._served)
+        self._engine.publish(version)
+        self.version = version
+
+
+def check_shared(trained: nn.Module, served: nn.Module) -> None:
+    """Return if both modules hold the same tensors in the same memory; else raise EngineError naming the first."""
+    ours, theirs = _tensors(trained), _tensors(served)
+    if ours.keys() != theirs.keys():
+        name = min(ours.keys() ^ theirs.keys())
+        where = "engine's" if name in theirs else "trainer's"
+        raise EngineError(f"Only the {where} model has a tensor {name}: engine and trainer hold different models.")
+    for name, tensor in ours.items():
+        if _place(tensor) != _place(theirs[name]):
+            raise EngineError(
+                f"{name} lies in other memory in the engine than in the trainer: rollouts would come from stale "
+                "weights. Build the engine on the trainer's own module, and don't move or cast the module afterwards."
+            )
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    # Empty and meta tensors have no memory of their own; there, only the very same object counts.
+    address: object = tensor.data_ptr() if tensor.numel() and tensor.device.type != "meta" else id(tensor)
+    return address, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
