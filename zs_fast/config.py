@@ -203,6 +203,15 @@ class SftConfig(Section):
     batch_size: Positive = 16
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     warmup_steps: NonNegative = 0
+    """Linear warm-up of the learning rate."""
+    final_learning_rate_fraction: Probability = 0.0
+    """The learning rate falls linearly to this share of its peak by the last step; 1 keeps it flat."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    token_budget: Positive = 16_384
+    """Most tokens in one micro batch (at least one whole example); sets peak activation memory."""
     max_tokens: Positive = 2048
     """Longer examples are an error that names the row, unless skip_long."""
     skip_long: bool = False

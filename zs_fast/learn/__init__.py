@@ -1,0 +1,1 @@
+"""Getting better: packed batches, log-probabilities, advantages, losses and optimizer steps."""

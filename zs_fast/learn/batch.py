@@ -1,0 +1,178 @@
+"""The tensor nouns of the learning step: PackedBatch -> ScoredBatch -> TrainBatch, and the micro batches that view them.
+
+Index n of every per-token column speaks of `targets[n]`: the token that follows `inputs[n]` in its sequence.
+Dimensions: N packed tokens, M loss tokens, S sequences (trajectories), G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from zs_fast.types import StopReason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """A contiguous range of a packed batch's sequences: what one forward and backward pass sees. Its tensors are views."""
+
+    inputs: Tensor
+    """[n] int64"""
+    targets: Tensor
+    """[n] int64"""
+    positions: Tensor
+    """[n] int64, counting from 0 in each sequence"""
+    loss_index: Tensor
+    """[m] int64, where in this micro batch the loss tokens are"""
+    cu_seqlens: tuple[int, ...]
+    """Start of each sequence that has tokens, then n: [0, ..., n]"""
+    tokens: slice
+    """Where these tokens are in the batch's per-token columns."""
+    loss_tokens: slice
+    """Where these loss tokens are among the batch's M loss tokens."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.stop - self.tokens.start
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return self.loss_tokens.stop - self.loss_tokens.start
+
+    @property
+    def loss_targets(self) -> Tensor:
+        """[m] int64"""
+        return self.targets[self.loss_index]
+
+    def at_loss_tokens(self, column: Tensor) -> Tensor:
+        """[m]: this micro batch's share of a per-token column [N] of the batch, at the loss tokens."""
+        return column[self.tokens][self.loss_index]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedTokens:
+    """Sequences laid end to end, without padding.
+
+    Sequences (p a) and (q b c), where the policy wrote a and c: inputs [p | q b], targets [a | b c], positions [0 | 0 1],
+    loss_mask [1 | 0 1], loss_index [0 2], cu_seqlens (0, 1, 3), loss_offsets (0, 1, 2).
+    """
+
+    inputs: Tensor
+    """[N] int64"""
+    targets: Tensor
+    """[N] int64"""
+    positions: Tensor
+    """[N] int64"""
+    sequence: Tensor
+    """[N] int64, which of the S sequences a token belongs to"""
+    loss_mask: Tensor
+    """[N] bool, True exactly where targets[n] was written by the policy and is trained on"""
+    loss_index: Tensor
+    """[M] int64, where loss_mask is True"""
+    cu_seqlens: tuple[int, ...]
+    """[S + 1] start of each sequence, then N. A sequence without loss tokens has no tokens at all."""
+    loss_offsets: tuple[int, ...]
+    """[S + 1] number of loss tokens before each sequence, then M"""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.cu_seqlens[-1]
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return self.loss_offsets[-1]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch with every tensor on `device`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
+
+    def view(self, first: int, last: int) -> MicroBatch:
+        """Sequences first .. last - 1 as a micro batch."""
+        start, stop = self.cu_seqlens[first], self.cu_seqlens[last]
+        loss_start, loss_stop = self.loss_offsets[first], self.loss_offsets[last]
+        bounds = self.cu_seqlens[first : last + 1]
+        return MicroBatch(
+            inputs=self.inputs[start:stop],
+            targets=self.targets[start:stop],
+            positions=self.positions[start:stop],
+            loss_index=self.loss_index[loss_start:loss_stop] - start,
+            cu_seqlens=tuple(dict.fromkeys(bound - start for bound in bounds)),
+            tokens=slice(start, stop),
+            loss_tokens=slice(loss_start, loss_stop),
+        )
+
+    def micro_batches(self, token_budget: int, first: int = 0, last: int | None = None) -> Iterator[MicroBatch]:
+        """Sequences first .. last - 1 (all by default) in order, cut into views of at most `token_budget` tokens.
+
+        A single sequence longer than the budget is a micro batch of its own. Views without loss tokens are left out:
+        they would add nothing to a loss.
+        """
+        last = self.num_sequences if last is None else last
+        begin = first
+        for index in range(first, last):
+            if self.cu_seqlens[index + 1] - self.cu_seqlens[begin] > token_budget and index > begin:
+                yield from self._with_loss(begin, index)
+                begin = index
+        yield from self._with_loss(begin, last)
+
+    def _with_loss(self, first: int, last: int) -> Iterator[MicroBatch]:
+        if self.loss_offsets[last] > self.loss_offsets[first]:
+            yield self.view(first, last)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedBatch(PackedTokens):
+    """One step's trajectories, packed, with what is known of each sequence. Made by `pack`, once per step."""
+
+    rollout_logprobs: Tensor
+    """[N] float32, the sampler's, at loss tokens; NaN where the engine gave none, 0 elsewhere"""
+    rewards: Tensor
+    """[S] float64, as the game gave them"""
+    group: Tensor
+    """[S] int64, which of the G groups; counted by occurrence in the step, whatever ids the questions have"""
+    trainable: Tensor
+    """[S] bool, False for a trajectory that is left out of the loss and of its group's statistics"""
+    group_offsets: tuple[int, ...]
+    """[G + 1] first sequence of each group, then S"""
+    stop_reasons: tuple[StopReason, ...]
+    """[S]"""
+    token_budget: int
+    """Most tokens in one micro batch"""
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.group_offsets) - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredBatch:
+    """A packed batch with log-probabilities from frozen weights, on the policy's device. Made by `score`."""
+
+    packed: PackedBatch
+    old_logprobs: Tensor | None
+    """[N] float32 at loss tokens, 0 elsewhere: the policy's before this step's first update. None when the step makes
+    one update only: the policy's own log-probabilities in that update are the old ones, and every ratio is 1."""
+    ref_logprobs: Tensor | None
+    """[N] float32 at loss tokens, 0 elsewhere: the reference's. None without a KL term."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainBatch:
+    """A scored batch with credit for each token. Made by `credit`."""
+
+    scored: ScoredBatch
+    advantages: Tensor
+    """[N] float32, 0 outside the loss tokens"""
+    sequence_advantages: Tensor
+    """[S] float32"""
+    dead_groups: Tensor
+    """[G] bool, True where a group gives no signal: rewards all equal, or fewer than two trainable trajectories"""

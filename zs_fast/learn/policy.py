@@ -1,0 +1,57 @@
+"""Log-probabilities of a packed micro batch under a causal language model, computed at loss tokens only.
+
+The model's trunk runs once over all packed tokens; the output head runs over the hidden states of loss tokens alone, in
+chunks, so that no [tokens, vocabulary] tensor ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from zs_kernels import TokenLogprobs, linear_logprobs
+
+from zs_fast.learn.batch import MicroBatch
+from zs_fast.models.attention import PackedAttention
+
+
+def hidden_states(model: nn.Module, micro: MicroBatch) -> Tensor:
+    """[n, H]: the trunk's last hidden states of all tokens; no sequence sees another."""
+    trunk: Any = model.model
+    output = trunk(
+        input_ids=micro.inputs[None],
+        position_ids=micro.positions[None],
+        use_cache=False,
+        attention_state=PackedAttention(micro.cu_seqlens),
+    )
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def logprobs_at_loss_tokens(
+    model: nn.Module, micro: MicroBatch, *, temperature: float, entropy: bool = False
+) -> TokenLogprobs:
+    """Log-probability (and entropy when asked) of each loss token at the sampling temperature: [m] float32, in nats."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    hidden = hidden_states(model, micro).index_select(0, micro.loss_index)
+    return linear_logprobs(
+        hidden, head.weight, micro.loss_targets, bias=head.bias, temperature=temperature, entropy=entropy
+    )
+
+
+@contextmanager
+def training_mode(model: Any, *, gradient_checkpointing: bool) -> Iterator[None]:
+    """Gradient checkpointing on inside, off outside. Otherwise the model stays in eval mode, as it samples: dropout
+    would make its log-probabilities differ from those it sampled with."""
+    if not gradient_checkpointing:
+        yield
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        model.gradient_checkpointing_disable()

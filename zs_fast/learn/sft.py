@@ -1,0 +1,146 @@
+"""Supervised fine-tuning on the same packed step: examples laid end to end, loss on masked-in tokens only.
+
+    loss = - sum over loss tokens of log p(token) / number of loss tokens of the whole batch
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from zs_fast.config import SftConfig
+from zs_fast.errors import DataError
+from zs_fast.learn.optimizer import Optimizer, Schedule
+from zs_fast.learn.pack import TokenSequence, pack_tokens
+from zs_fast.learn.policy import logprobs_at_loss_tokens
+from zs_fast.models.load import LoadedModel
+from zs_fast.system.seeds import seed_for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftExample:
+    """Token ids, and for each whether the model learns to write it. `SftExample(input_ids=(5, 6, 2), loss_mask=(False,
+    True, True))` has the prompt 5 and the completion 6, 2."""
+
+    input_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftStep:
+    """What one optimizer step of fine-tuning did."""
+
+    step: int
+    """Counting from 1."""
+    loss: float
+    """Mean negative log-likelihood per loss token, in nats, before the step."""
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+    num_loss_tokens: int
+    skipped: bool
+    """Loss or gradient was not finite; the weights were left alone."""
+
+
+def train_sft(
+    model: LoadedModel,
+    examples: Sequence[SftExample],
+    config: SftConfig,
+    *,
+    seed: int,
+    on_step: Callable[[SftStep], None] | None = None,
+) -> list[float]:
+    """The loss of each step. `model` is changed in place; the same arguments give the same losses on the same machine.
+
+    Each epoch's order is drawn from (seed, epoch); a batch may straddle epochs, so no example is ever left out.
+    Raises DataError when there is nothing to learn from, or an example is longer than config.max_tokens.
+    """
+    usable = _usable(examples, config)
+    order = _order(len(usable), seed)
+    schedule = Schedule(
+        peak=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        total_steps=config.steps,
+        final_fraction=config.final_learning_rate_fraction,
+    )
+    optimizer = Optimizer(
+        model.model,
+        schedule,
+        betas=config.betas,
+        eps=1e-8,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    losses = []
+    for step in range(1, config.steps + 1):
+        batch = [usable[next(order)] for _ in range(config.batch_size)]
+        stats = sft_step(model, optimizer, batch, step=step, token_budget=config.token_budget)
+        losses.append(stats.loss)
+        if on_step is not None:
+            on_step(stats)
+    return losses
+
+
+def sft_step(
+    model: LoadedModel, optimizer: Optimizer, batch: Sequence[SftExample], *, step: int, token_budget: int
+) -> SftStep:
+    """One optimizer step on `batch`, in micro batches of at most `token_budget` tokens; one host sync."""
+    packed = pack_tokens(TokenSequence(ids=example.input_ids, is_loss=example.loss_mask) for example in batch)
+    packed = packed.to(model.model.device)
+    learning_rate = optimizer.learning_rate
+    total = torch.zeros((), device=model.model.device)
+    for micro in packed.micro_batches(token_budget):
+        logprobs = logprobs_at_loss_tokens(model.model, micro, temperature=1.0).logprobs
+        loss = -logprobs.sum() / packed.num_loss_tokens
+        loss.backward()
+        total += loss.detach()
+    loss_value, grad_norm = torch.stack([total, optimizer.clip_gradients().to(total.device)]).tolist()
+    skipped = not (math.isfinite(loss_value) and math.isfinite(grad_norm))
+    if skipped:
+        optimizer.skip()
+    else:
+        optimizer.step()
+    return SftStep(
+        step=step,
+        loss=loss_value,
+        learning_rate=learning_rate,
+        grad_norm=grad_norm,
+        num_tokens=packed.num_tokens,
+        num_loss_tokens=packed.num_loss_tokens,
+        skipped=skipped,
+    )
+
+
+def _usable(examples: Sequence[SftExample], config: SftConfig) -> list[SftExample]:
+    usable = []
+    for number, example in enumerate(examples, start=1):
+        if not any(example.loss_mask):
+            raise DataError(f"example {number} has no token to learn from: its loss mask is all False")
+        if len(example.input_ids) <= config.max_tokens:
+            usable.append(example)
+        elif not config.skip_long:
+            raise DataError(
+                f"example {number} has {len(example.input_ids)} tokens, more than sft.max_tokens = {config.max_tokens}. "
+                "Raise sft.max_tokens, or set sft.skip_long = true to leave such examples out."
+            )
+    if not usable:
+        raise DataError(
+            f"none of {len(examples)} examples can be used: all are longer than sft.max_tokens = {config.max_tokens}"
+            if examples
+            else "there are no examples to learn from"
+        )
+    return usable
+
+
+def _order(count: int, seed: int):  # type: ignore[no-untyped-def]
+    """Example numbers without end: each epoch is a permutation drawn from (seed, epoch)."""
+    epoch = 0
+    while True:
+        numbers = list(range(count))
+        random.Random(seed_for(seed, step=epoch, purpose="sft_order")).shuffle(numbers)
+        yield from numbers
+        epoch += 1
