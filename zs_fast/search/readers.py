@@ -175,7 +175,7 @@ def parquet_schema(path: Path) -> Any:
     repeated = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if repeated:
         raise DataError(
-            f"{path}, all rows, field '{repeated[0]}': {schema.names.count(repeated[0])} columns have this name; keep one."
+            f"{path}, all rows, field '{repeated[0]}': {schema.names.count(repeated[0])} columns share this name."
         )
     return schema
 
