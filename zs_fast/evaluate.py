@@ -1,0 +1,76 @@
+"""Judge a policy: the same play as in training, every question, greedy unless told otherwise, with confidence intervals."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from zs_fast.rollout.play import Player
+from zs_fast.types import Question, Trajectory
+
+BOOTSTRAP_SAMPLES = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """The result on one set of questions. Means are over all rows; `f1_low` and `f1_high` bound f1 at 95 %."""
+
+    num_questions: int
+    f1: float
+    f1_low: float
+    f1_high: float
+    exact_match: float
+    cover_match: float
+    searches_per_question: float
+    answered_share: float
+    """Share of trajectories that ended on a complete answer."""
+    f1_by_source: dict[str, float]
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Flat numbers for the metrics file: `{prefix}/f1`, `{prefix}/f1/{source}`, ..."""
+        values = asdict(self)
+        by_source = values.pop("f1_by_source")
+        return {f"{prefix}/{name}": float(value) for name, value in values.items()} | {
+            f"{prefix}/f1/{source}": value for source, value in by_source.items()
+        }
+
+
+def evaluate(player: Player, questions: Sequence[Question], *, step: int) -> tuple[Evaluation, list[Trajectory]]:
+    """Play every question once with `player` (whose group size is 1) and no noise."""
+    for question in questions:
+        player.submit(question, step=step, noise_probability=0.0)
+    trajectories = [group.trajectories[0] for group in player.collect(len(questions))]
+    return summarise(trajectories), trajectories
+
+
+def summarise(trajectories: Sequence[Trajectory]) -> Evaluation:
+    """Means, a bootstrap interval of F1 (percentiles of resampled means, fixed seed), and F1 per source."""
+    f1 = [trajectory.scores.f1 for trajectory in trajectories]
+    low, high = _bootstrap_interval(f1)
+    by_source: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        by_source.setdefault(trajectory.question.source, []).append(trajectory.scores.f1)
+    return Evaluation(
+        num_questions=len(trajectories),
+        f1=_mean(f1),
+        f1_low=low,
+        f1_high=high,
+        exact_match=_mean([trajectory.scores.exact_match for trajectory in trajectories]),
+        cover_match=_mean([trajectory.scores.cover_match for trajectory in trajectories]),
+        searches_per_question=_mean([trajectory.num_searches for trajectory in trajectories]),
+        answered_share=_mean([trajectory.answer is not None for trajectory in trajectories]),
+        f1_by_source={source: _mean(values) for source, values in sorted(by_source.items())},
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    if not values:
+        return 0.0, 0.0
+    draws = random.Random(0)
+    means = sorted(_mean(draws.choices(values, k=len(values))) for _ in range(BOOTSTRAP_SAMPLES))
+    return means[int(0.025 * BOOTSTRAP_SAMPLES)], means[int(0.975 * BOOTSTRAP_SAMPLES) - 1]

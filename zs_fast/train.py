@@ -1,0 +1,246 @@
+"""Train a policy to search: set-up, then the loop, top to bottom.
+
+A step plays `train.questions_per_step` questions `train.group_size` times against the search backend, turns rewards into
+advantages, and takes one or more optimizer steps. Everything is built once in `_Run`; nothing in the loop asks which
+backend it has.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from zs_fast.config import RunConfig, write_config
+from zs_fast.errors import ConfigError
+from zs_fast.evaluate import Evaluation, evaluate
+from zs_fast.learn.algorithms import credit
+from zs_fast.learn.pack import pack
+from zs_fast.learn.roles import Roles, score
+from zs_fast.learn.update import Updater
+from zs_fast.models.load import DTYPES, LoadedModel, load_model, resolve_device
+from zs_fast.report.page import write_report
+from zs_fast.report.plots import reward_curve
+from zs_fast.rollout.play import Player
+from zs_fast.search.curriculum import noise_probability
+from zs_fast.search.data import QuestionOrder, load_questions
+from zs_fast.search.statistics import search_statistics
+from zs_fast.setup import build_arena
+from zs_fast.system.checkpoint import Checkpoint, CheckpointStore, check_same_run
+from zs_fast.system.environment import write_environment
+from zs_fast.system.files import FileOperations, replace_file
+from zs_fast.system.lock import check_writable, run_lock
+from zs_fast.system.memory import Memory, Phase
+from zs_fast.system.metrics import RunLog
+from zs_fast.system.rollout_metrics import rollout_metrics
+from zs_fast.system.weights import WeightPublisher
+from zs_fast.types import Group, Question, Role
+
+
+def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Run the recipe to its end and return the summary, which also lies in `<output>/summary.json`.
+
+    With `resume`, go on from the newest sound checkpoint in the output folder, or start where there is none.
+    """
+    output = output_folder(config)
+    check_writable(output)
+    with run_lock(output), ExitStack() as stack:
+        store = CheckpointStore(output, config.train.keep_checkpoints)
+        store.clean_up()
+        checkpoint = _checkpoint_to_resume(store, config, resume=resume)
+        run = _Run(config, output, store, checkpoint, stack)
+        return run.loop()
+
+
+def output_folder(config: RunConfig) -> Path:
+    return config.output if config.output is not None else Path("runs") / config.name
+
+
+def _checkpoint_to_resume(store: CheckpointStore, config: RunConfig, *, resume: bool) -> Checkpoint | None:
+    checkpoint = store.newest()
+    if checkpoint is None:
+        return None
+    if not resume:
+        raise ConfigError(
+            f"The run folder {store.root} already holds a run (checkpoint of step {checkpoint.step}). Add --resume to "
+            "go on with it, choose another --output, or remove the folder."
+        )
+    check_same_run(checkpoint.state["config"], config.model_dump(mode="json"))
+    return checkpoint
+
+
+class _Run:
+    """One run's objects, and the loop over them."""
+
+    def __init__(
+        self, config: RunConfig, output: Path, store: CheckpointStore, checkpoint: Checkpoint | None, stack: ExitStack
+    ) -> None:
+        self.config, self.output, self.store = config, output, store
+        self.first_step = checkpoint.step + 1 if checkpoint else 1
+        self.started = time.perf_counter()
+        # Data first: a bad file must not wait for models to load.
+        self.order = QuestionOrder(load_questions(config.data), config.seed)
+        self.eval_questions = _eval_questions(config)
+        device = resolve_device(config.model.device)
+        self.policy = load_model(config.model.path, dtype=DTYPES[config.model.dtype], device=device)
+        reference = self._reference(device)
+        if checkpoint:
+            self._load_policy_weights(checkpoint)
+        self.arena = build_arena(config, self.policy, device=device)
+        stack.callback(self.arena.close)
+        self.roles = Roles(policy=self.policy, reference=reference, temperature=config.sampling.temperature)
+        self.updater = Updater(self.roles, config.train, config.algorithm, total_steps=config.train.steps)
+        self.publisher = WeightPublisher(
+            self.arena.engine, trained=self.policy.model, served=self.arena.engine.module(Role.POLICY)
+        )
+        self.memory = Memory(device)
+        self.evaluations: dict[str, dict[str, Any]] = {}
+        if checkpoint:
+            self._restore(checkpoint)
+        self.log = stack.enter_context(
+            RunLog(
+                output,
+                config.log,
+                decode=self.arena.codec.decode,
+                total_steps=config.train.steps,
+                name=config.name,
+                config=config.model_dump(mode="json"),
+            )
+        )
+        for warning in self.log.truncate(checkpoint.step if checkpoint else -1) + store.warnings:
+            self.log.note(warning)
+        write_config(config, output / "config.toml")
+        write_environment(output, device)
+
+    def loop(self) -> dict[str, Any]:
+        config, log = self.config, self.log
+        if self.first_step == 1 and config.eval.at_start:
+            self._evaluate(0)
+        for step in range(self.first_step, config.train.steps + 1):
+            noise = noise_probability(step, config.curriculum, config.train.steps)
+            questions = self.order.batch(step - 1, config.train.questions_per_step)
+            with self.memory.phase(Phase.ROLLOUT):
+                groups = play(self.arena.training_player, questions, step=step, noise=noise)
+            packed = pack(groups, token_budget=config.train.token_budget, mask=config.algorithm.mask_stop_reasons)
+            with self.memory.phase(Phase.SCORE):
+                scored = score(packed, self.roles)
+            with self.memory.phase(Phase.UPDATE):
+                stats = self.updater.update(credit(scored, config.algorithm))
+            with self.memory.phase(Phase.SYNC):
+                self.publisher.publish(step)
+            searches = [turn.search for group in groups for t in group.trajectories for turn in t.turns if turn.search]
+            metrics = {"curriculum/noise_probability": noise} | rollout_metrics(groups) | search_statistics(searches)
+            timings = self.memory.take()
+            log.step(step, metrics | dict(stats.values), timings | self._rates(groups, timings), groups)
+            is_last = step == config.train.steps
+            if is_last or (config.train.eval_every and step % config.train.eval_every == 0):
+                self._evaluate(step)
+            if is_last or (config.train.save_every and step % config.train.save_every == 0):
+                self._save(step)
+        return self._finish()
+
+    def _reference(self, device: Any) -> LoadedModel | None:
+        """The policy as it was before the first step; loaded only when the KL term is used."""
+        if not self.config.algorithm.kl_coefficient:
+            return None
+        return load_model(self.config.model.path, dtype=DTYPES[self.config.model.dtype], device=device)
+
+    def _load_policy_weights(self, checkpoint: Checkpoint) -> None:
+        saved = load_model(str(checkpoint.model_path), dtype=DTYPES[self.config.model.dtype], device=self.policy.model.device)
+        self.policy.model.load_state_dict(saved.model.state_dict())
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.updater.load_state_tensors(checkpoint.tensors())
+        self.updater.load_state(checkpoint.state["updater"])
+        self.evaluations = dict(checkpoint.state["evaluations"])
+        self.publisher.publish(checkpoint.step)
+
+    def _save(self, step: int) -> None:
+        self.log.sync()
+
+        def write_model(folder: Path) -> None:
+            self.policy.model.save_pretrained(folder)
+            self.policy.tokenizer.save_pretrained(folder)
+
+        self.store.save(
+            step,
+            write_model=write_model,
+            tensors=self.updater.state_tensors(),
+            state={
+                "config": self.config.model_dump(mode="json"),
+                "updater": self.updater.state(),
+                "evaluations": self.evaluations,
+            },
+        )
+        for warning in self.store.warnings:
+            self.log.note(warning)
+
+    def _evaluate(self, step: int) -> None:
+        """Play the evaluation questions against each search of `eval.search`; recorded as of `step` finished steps."""
+        for name, player in self.arena.evaluation_players.items() if self.eval_questions else ():
+            started = time.perf_counter()
+            evaluation, _ = evaluate(player, self.eval_questions, step=step)
+            seconds = time.perf_counter() - started
+            self.log.record(step, evaluation.metrics(f"eval/{name}"), {f"eval/{name}/seconds": seconds})
+            when = "before" if step == 0 else "after"
+            self.evaluations.setdefault(name, {})[when] = _jsonable(evaluation)
+
+    def _rates(self, groups: Sequence[Group], timings: dict[str, float]) -> dict[str, float]:
+        """Tokens per second of each phase; the simulator's are those it wrote during the rollout."""
+        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+        written = sum(trajectory.num_action_tokens for trajectory in trajectories)
+        total = sum(trajectory.num_tokens for trajectory in trajectories)
+        simulated = sum(turn.search.num_generated_tokens for t in trajectories for turn in t.turns if turn.search)
+        rates = {
+            "rollout/tokens_per_second": written / max(timings["rollout/seconds"], 1e-9),
+            "simulator/tokens_per_second": simulated / max(timings["rollout/seconds"], 1e-9),
+            "update/tokens_per_second": total / max(timings["update/seconds"], 1e-9),
+        }
+        if self.roles.scores_before_update:
+            rates["score/tokens_per_second"] = total / max(timings["score/seconds"], 1e-9)
+        return rates
+
+    def _finish(self) -> dict[str, Any]:
+        summary: dict[str, Any] = {
+            "name": self.config.name,
+            "seed": self.config.seed,
+            "steps": self.config.train.steps,
+            "seconds": round(time.perf_counter() - self.started, 2),
+        }
+        for name, results in self.evaluations.items():
+            for when, result in results.items():
+                summary[_summary_key(name, when)] = result["f1"]
+        summary["evaluations"] = self.evaluations
+        replace_file(FileOperations(), self.output / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
+        reward_curve(self.output / "metrics.jsonl", self.output / "reward.png")
+        write_report(self.output)
+        return summary
+
+
+def play(player: Player, questions: Sequence[Question], *, step: int, noise: float) -> list[Group]:
+    """One step's groups, in the order of the questions."""
+    for question in questions:
+        player.submit(question, step=step, noise_probability=noise)
+    return player.collect(len(questions))
+
+
+def _eval_questions(config: RunConfig) -> list[Question]:
+    if not config.eval.data:
+        return []
+    questions = load_questions(config.eval.data)
+    count = config.eval.questions or len(questions)
+    return QuestionOrder(questions, config.seed).batch(0, min(count, len(questions)))
+
+
+def _summary_key(name: str, when: str) -> str:
+    """`f1_before`, `f1_bm25_after`, ...; closed-book play is stated once, after training."""
+    if name == "closed_book":
+        return "f1_closed_book" if when == "after" else "f1_closed_book_before"
+    return f"f1_{when}" if name == "simulator" else f"f1_{name}_{when}"
+
+
+def _jsonable(evaluation: Evaluation) -> dict[str, Any]:
+    return {key.removeprefix("eval/"): value for key, value in evaluation.metrics("eval").items()}
