@@ -16,7 +16,7 @@ from zs_fast.system.console import Screen, make_screen
 from zs_fast.system.files import FileOperations
 from zs_fast.system.jsonl import JsonlWriter, cut_back, number, read_rows
 from zs_fast.system.sinks import Sink, make_sinks
-from zs_fast.types import Action, Answer, Group, Search, Trajectory, Turn
+from zs_fast.types import Action, Answer, Group, Search, SearchResult, Trajectory, Turn
 
 FILES = ("metrics.jsonl", "timings.jsonl", "rollouts.jsonl")
 Decode = Callable[[Sequence[int]], str]
@@ -164,26 +164,28 @@ def rollout_row(step: int, trajectory: Trajectory, decode: Decode) -> dict[str, 
 
 
 def _turn_row(turn: Turn, decode: Decode) -> dict[str, Any]:
-    row: dict[str, Any] = {
+    return {
         "text": decode(turn.completion.token_ids),
         "tokens": len(turn.completion.token_ids),
         "finish_reason": str(turn.completion.finish_reason),
         "policy_version": turn.completion.policy_version,
         "action": _action_row(turn.action),
         "observation": turn.observation,
+        "search": None if turn.search is None else _search_row(turn.search),
     }
-    if turn.search is not None:
-        row["search"] = {
-            "query": turn.search.request.query,
-            "mode": str(turn.search.mode),
-            "noise_probability": number(turn.search.request.noise_probability),
-            "documents": list(turn.search.documents),
-            "contains_answer": turn.search.contains_answer,
-            "malformed": turn.search.malformed,
-            "failed": turn.search.failed,
-            "error": turn.search.error,
-        }
-    return row
+
+
+def _search_row(search: SearchResult) -> dict[str, Any]:
+    return {
+        "query": search.request.query,
+        "mode": str(search.mode),
+        "noise_probability": number(search.request.noise_probability),
+        "documents": list(search.documents),
+        "contains_answer": search.contains_answer,
+        "malformed": search.malformed,
+        "failed": search.failed,
+        "error": search.error,
+    }
 
 
 def _action_row(action: Action) -> dict[str, str]:

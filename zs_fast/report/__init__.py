@@ -1,0 +1,1 @@
+"""A run to look at: reward.png and one HTML page with curves and rollouts."""
