@@ -8,6 +8,7 @@ a search without documents comes back as failed, once.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -36,7 +37,7 @@ class SimulatorCodec(Protocol):
 
     def encode_prompt(self, text: str) -> list[int]: ...
 
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 class SimulatedSearch:
@@ -125,7 +126,7 @@ class SimulatedSearch:
         num_tokens = len(completion.token_ids)
         if completion.finish_reason is FinishReason.FAILED:
             return _failed(request, mode, completion.error or "engine_failed", num_tokens)
-        parsed = parse_documents(self._codec.decode(list(completion.token_ids)), self._simulator.documents)
+        parsed = parse_documents(self._codec.decode(completion.token_ids), self._simulator.documents)
         if not parsed.documents:
             return _failed(request, mode, "refused" if parsed.refused else "empty_output", num_tokens)
         return SearchResult(
