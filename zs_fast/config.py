@@ -14,10 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -98,7 +101,9 @@ class CurriculumConfig(Section):
     """Chance that a search result is noisy: p = start + (base^(i/total) - 1) / (base - 1) * (end - start)."""
 
     start: Probability = 0.0
+    """p at the first step."""
     end: Probability = 0.5
+    """p at the last step."""
     base: Annotated[float, Field(ge=1.0)] = 4.0
     """1 is the straight line."""
     total_steps: NonNegative = 0
@@ -140,8 +145,11 @@ class TrainConfig(Section):
     final_learning_rate_fraction: Probability = 1.0
     """The learning rate falls linearly to this share of its peak by the last step; 1 keeps it flat."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decoupled weight decay."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's term in the denominator."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
     mini_batches: Positive = 1
@@ -179,6 +187,7 @@ class EngineConfig(Section):
     """The sampler."""
 
     kind: Literal["transformers"] = "transformers"
+    """`transformers`: plain transformers models with preallocated KV slots; runs anywhere, shares the policy's weights."""
     slots: Positive = 64
     """Sequences decoded at once, per model."""
     batch_invariant: bool | None = None
@@ -189,9 +198,11 @@ class LogConfig(Section):
     """Where numbers go besides metrics.jsonl."""
 
     tensorboard: bool = False
+    """Event files in the run folder."""
     wandb: bool = False
     """Needs `pip install wandb` and its key in the environment."""
     wandb_project: str = "zs_fast"
+    """Project that the run appears under in W&B."""
     rollouts_per_step: NonNegative = 8
     """Trajectories written to rollouts.jsonl each step; 0 writes none."""
 
@@ -200,14 +211,19 @@ class SftConfig(Section):
     """Supervised fine-tuning (`zs-fast sft`)."""
 
     steps: Positive = 1000
+    """Optimizer steps."""
     batch_size: Positive = 16
+    """Examples per step."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate of AdamW."""
     warmup_steps: NonNegative = 0
     """Linear warm-up of the learning rate."""
     final_learning_rate_fraction: Probability = 0.0
     """The learning rate falls linearly to this share of its peak by the last step; 1 keeps it flat."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decoupled weight decay."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
     token_budget: Positive = 16_384

@@ -1,0 +1,296 @@
+"""`zs-fast`: read the command line, load the recipe, call one function, print what it returns.
+
+Nothing heavy is imported before it is needed, so `--help` and a wrong flag answer at once. Every ZsError is one clean
+line on stderr and its own exit code; ZS_FAST_TRACEBACK=1 shows the traceback too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from zs_fast import __version__
+from zs_fast.errors import ConfigError, PreflightError, ZsError
+
+if TYPE_CHECKING:
+    from zs_fast.config import RunConfig
+
+USAGE = """\
+usage: zs-fast COMMAND ...
+
+  train RECIPE ...   play, score, update: a whole run, into its run folder
+  eval RECIPE ...    evaluate a model on the recipe's evaluation questions
+  sft RECIPE ...     supervised fine-tuning on examples
+  bench SUBJECT      measure (in a checkout of the repository); subjects: {subjects}
+  doctor             what this machine can do, and what is missing
+
+RECIPE is a name ({recipes}) or a path to a .toml file; several merge left to right.
+`zs-fast train --help` lists every field of a recipe; each is a flag, as in --train.steps 20.
+Common: --output DIR, --data FILE, --seed N, --resume, --json (the last stdout line is one JSON document).
+"""
+SUBJECTS = ("ops",)
+MISSING_EXTRA = "zs-fast {command} needs the package {package}, which is not installed: pip install 'zs-fast[train]'"
+
+
+@dataclass(slots=True)
+class CommandLine:
+    """The words after the command, sorted: recipes, field overrides, and the switches that are no fields."""
+
+    recipes: list[str] = field(default_factory=list)
+    overrides: dict[str, list[str]] = field(default_factory=dict)
+    switches: set[str] = field(default_factory=set)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script. Always ends in SystemExit."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = run(words)
+    except ZsError as error:
+        _report(f"zs-fast: {_with_prefix(str(error))}")
+        code = error.exit_code
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.partition(".")[0] in ("zs_fast", "zs_kernels"):
+            raise
+        _report(f"zs-fast: {MISSING_EXTRA.format(command=words[0], package=error.name)}")
+        code = PreflightError.exit_code
+    except KeyboardInterrupt:
+        _report("zs-fast: interrupted; `--resume` continues from the newest checkpoint")
+        code = 130
+    raise SystemExit(code)
+
+
+def run(words: list[str]) -> int:
+    """Run one command; its exit code. Raises ZsError."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE.format(subjects=", ".join(SUBJECTS), recipes=_recipe_names()), end="")
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"zs-fast {__version__}")
+        return 0
+    command, rest = words[0], words[1:]
+    if command in RUN_COMMANDS:
+        return _run_with_recipe(command, rest)
+    if command == "doctor":
+        return _doctor(rest)
+    if command == "bench":
+        return _bench(rest)
+    raise ConfigError(f"unknown command {command!r}; the commands are {', '.join(COMMANDS)}{_nearest(command)}")
+
+
+def parse(words: Sequence[str], switches: Sequence[str]) -> CommandLine:
+    """Sort the words of a command that takes recipes. Raises ConfigError for a flag without its value."""
+    from zs_fast.recipe_files import fields
+
+    line = CommandLine()
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            line.recipes.append(word)
+            continue
+        flag, equals, value = word[2:].partition("=")
+        name = flag.replace("-", "_")
+        if name in switches and not equals:
+            line.switches.add(name)
+            continue
+        values = [value] if equals else _take_values(queue, name)
+        if not values and name in fields():
+            raise ConfigError(f"--{flag} needs a value; {_what_it_takes(name)}")
+        line.overrides[name] = values
+    return line
+
+
+def _take_values(queue: list[str], name: str) -> list[str]:
+    """Remove and return the words that belong to a flag: all up to the next flag for a list, else at most one."""
+    from typing import get_origin
+
+    from zs_fast.recipe_files import fields, looks_like_recipe
+
+    known = fields().get(name)
+    is_list = known is not None and get_origin(known.annotation) is tuple
+    if known is not None and known.annotation is bool and (not queue or looks_like_recipe(queue[0])):
+        return ["true"]
+    values = []
+    while queue and not queue[0].startswith("--") and (is_list or not values):
+        values.append(queue.pop(0))
+    return values
+
+
+def _what_it_takes(name: str) -> str:
+    from zs_fast.recipe_files import allowed, fields
+
+    return f"it takes {allowed(fields()[name])}"
+
+
+def _run_with_recipe(command: str, words: list[str]) -> int:
+    if "-h" in words or "--help" in words:
+        return _help(command)
+    from zs_fast.recipe_files import load_recipe, recipe_names
+
+    line = parse(words, RUN_COMMANDS[command].switches)
+    if not line.recipes:
+        raise ConfigError(f"zs-fast {command} needs a recipe: one of {', '.join(recipe_names())}, or a .toml file")
+    config = load_recipe(line.recipes, line.overrides)
+    result = RUN_COMMANDS[command].call(config, line.switches)
+    _print_result(result, as_json="json" in line.switches)
+    return 0
+
+
+def _train(config: RunConfig, switches: set[str]) -> object:
+    from zs_fast.train import train
+
+    return train(config, resume="resume" in switches)
+
+
+def _eval(config: RunConfig, switches: set[str]) -> object:
+    from zs_fast.evaluate import evaluate_run
+
+    return evaluate_run(config)
+
+
+def _sft(config: RunConfig, switches: set[str]) -> object:
+    from zs_fast.learn.sft import sft_command
+
+    return sft_command(config)
+
+
+@dataclass(frozen=True, slots=True)
+class RunCommand:
+    """A command that takes recipes."""
+
+    call: Callable[[Any, set[str]], object]
+    summary: str
+    switches: tuple[str, ...]
+
+
+RUN_COMMANDS: Mapping[str, RunCommand] = {
+    "train": RunCommand(
+        _train, "Train a policy. Plain switches: --resume (continue --output), --json.", ("resume", "json")
+    ),
+    "eval": RunCommand(
+        _eval, "Evaluate model.path on eval.data with each of eval.search. Plain switch: --json.", ("json",)
+    ),
+    "sft": RunCommand(_sft, "Fine-tune model.path on the examples in data. Plain switch: --json.", ("json",)),
+}
+COMMANDS = (*RUN_COMMANDS, "bench", "doctor")
+
+
+def _help(command: str) -> int:
+    """Print the help page: tyro draws it from the config's types, defaults and docstrings."""
+    import tyro
+
+    from zs_fast.config import RunConfig
+
+    print(f"usage: zs-fast {command} RECIPE [RECIPE ...] [--field VALUE ...]\nRECIPE: {_recipe_names()}, or a .toml file\n")
+    try:
+        tyro.cli(
+            RunConfig,
+            args=["--help"],
+            prog=f"zs-fast {command} RECIPE",
+            description=RUN_COMMANDS[command].summary,
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+            use_underscores=True,
+        )
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def _doctor(words: list[str]) -> int:
+    from zs_fast.doctor import examine, render
+
+    _only_switches("doctor", words, ("--json", "--brief"))
+    report = examine()
+    if "--json" in words:
+        print(_as_json(report))
+    else:
+        print(render(report, brief="--brief" in words))
+    return 0
+
+
+def _bench(words: list[str]) -> int:
+    from pathlib import Path
+
+    import zs_fast
+
+    checkout = Path(zs_fast.__file__).resolve().parent.parent
+    if not (checkout / "bench" / "harness.py").is_file():
+        raise PreflightError(
+            "zs-fast bench works in a checkout of the repository, where bench/ lies beside zs_fast/; "
+            f"this zs_fast is installed in {checkout}. Clone the repository and run `make bench` there."
+        )
+    subject = next((word for word in words if not word.startswith("--")), None)
+    if subject not in SUBJECTS:
+        raise ConfigError(f"zs-fast bench {subject or ''}: the subjects are {', '.join(SUBJECTS)}")
+    rest = [word for word in words if word != subject]
+    _only_switches("bench", rest, ("--json", "--quick", "--untested"))
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    from bench.ops import run_ops
+
+    summary = run_ops(quick="--quick" in rest, run_tests_first="--untested" not in rest)
+    if "--json" in rest:
+        print(_as_json(summary))
+    return 0
+
+
+def _only_switches(command: str, words: Sequence[str], known: Sequence[str]) -> None:
+    if unknown := [word for word in words if word not in known]:
+        raise ConfigError(f"zs-fast {command} does not know {' '.join(unknown)!r}; it takes {', '.join(known)}")
+
+
+def _print_result(result: object, *, as_json: bool) -> None:
+    values = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+    if as_json:
+        print(_as_json(values))
+    elif isinstance(values, Mapping):
+        for name, value in values.items():
+            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def _as_json(value: object) -> str:
+    return json.dumps(_finite(value), allow_nan=False, default=str)
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN: a number that is none becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _recipe_names() -> str:
+    from pathlib import Path
+
+    return ", ".join(sorted(path.stem for path in Path(__file__).with_name("recipes").glob("*.toml")))
+
+
+def _nearest(command: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _with_prefix(message: str) -> str:
+    return "\nzs-fast: ".join(message.splitlines())
+
+
+def _report(message: str) -> None:
+    if os.environ.get("ZS_FAST_TRACEBACK") == "1":
+        import traceback
+
+        traceback.print_exc()
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
