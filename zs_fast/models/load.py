@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from zs_fast.errors import PreflightError
 from zs_fast.models.attention import ATTENTION_NAME
@@ -88,10 +95,13 @@ def load_model(
     torch_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     torch_device = resolve_device(device) if isinstance(device, str) else device
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    weights: dict[str, Any] = {"use_safetensors": True}
     folder = source
     if source.is_file():
         folder = source.parent
         where["gguf_file"] = source.name
+        # Without this, packed weights stay packed wherever the optional `kernels` package is installed: untrainable.
+        weights = {"quantization_config": GgufConfig(dequantize=True)}
     try:
         config = AutoConfig.from_pretrained(folder, **where)
         check_supported(config, name)
@@ -100,9 +110,9 @@ def load_model(
             folder,
             dtype=torch_dtype,
             attn_implementation=ATTENTION_NAME,
-            use_safetensors=None if source.is_file() else True,
             output_loading_info=True,
             **where,
+            **weights,
         )
     except _LOAD_ERRORS as error:
         raise PreflightError(

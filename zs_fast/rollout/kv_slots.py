@@ -1,0 +1,240 @@
+"""Keys and values of many sequences in preallocated slots, and the attention that reads them.
+
+A slot holds one sequence; `Context` remembers what a slot holds, and in which pieces its tokens went through
+attention. Replaying the same pieces gives the same bits, so a sequence that lost its slot computes on as if it hadn't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CAPACITY_STEP = 64
+"""Slots hold a multiple of this many tokens; with it every slot starts at a 64-byte boundary."""
+
+
+@dataclass(slots=True, eq=False)
+class Context:
+    """A token sequence whose keys and values are, or were, in a slot."""
+
+    token_ids: list[int] = field(default_factory=list)
+    """Tokens that went through the model; never the last sampled one, which is fed with the next step."""
+    bounds: list[int] = field(default_factory=lambda: [0])
+    """Cumulative ends of the pieces that went through attention together: [0, 57, 58, 59] is a prompt and 2 tokens."""
+    slot: int | None = None
+    last_used: int = 0
+    busy: bool = False
+    ended: bool = False
+
+    def keep_prefix(self, prompt_ids: Sequence[int]) -> int:
+        """Cut back to what `prompt_ids` shares with this context, at a piece's end; the number of tokens kept.
+
+        At least one token of the prompt is left to compute, since its last hidden state gives the first logits.
+        """
+        limit = min(len(self.token_ids), len(prompt_ids) - 1)
+        if self.token_ids[:limit] == list(prompt_ids[:limit]):
+            shared = limit
+        else:
+            shared = next(i for i in range(limit) if self.token_ids[i] != prompt_ids[i])
+        while self.bounds[-1] > shared:
+            self.bounds.pop()
+        del self.token_ids[self.bounds[-1] :]
+        return len(self.token_ids)
+
+    def pieces(self) -> list[tuple[int, int]]:
+        return list(zip(self.bounds[:-1], self.bounds[1:], strict=True))
+
+
+class KvSlots:
+    """Key and value storage of one model: per layer [slots + 1, kv_heads, capacity, head_dim], one scratch slot last.
+
+    Capacity starts small and doubles when a sequence needs more, up to `max_tokens`; it never shrinks.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_layers = num_layers
+        self.num_slots = num_slots
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.max_capacity = _round_up(max_tokens)
+        self.capacity = min(self.max_capacity, 4 * CAPACITY_STEP)
+        self._dtype = dtype
+        self._device = device
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.key_views: list[list[Tensor]] = []
+        self.value_views: list[list[Tensor]] = []
+
+    @property
+    def allocated(self) -> bool:
+        return bool(self.keys)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+
+    def allocate(self) -> None:
+        if not self.allocated:
+            self.keys = [self._new(self.capacity) for _ in range(self.num_layers)]
+            self.values = [self._new(self.capacity) for _ in range(self.num_layers)]
+            self._make_views()
+
+    def release(self) -> int:
+        """Drop the storage; the number of bytes that came free."""
+        freed = self.num_bytes
+        self.keys, self.values, self.key_views, self.value_views = [], [], [], []
+        return freed
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make every slot hold `num_tokens`, keeping what is in them."""
+        self.allocate()
+        if num_tokens <= self.capacity:
+            return
+        capacity = self.capacity
+        while capacity < num_tokens:
+            capacity = min(2 * capacity, self.max_capacity)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = self._new(capacity)
+                tensors[layer][:, :, : self.capacity] = old
+        self.capacity = capacity
+        self._make_views()
+
+    def _new(self, capacity: int) -> Tensor:
+        shape = (self.num_slots + 1, self.num_kv_heads, capacity, self.head_dim)
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+    def _make_views(self) -> None:
+        self.key_views = [list(tensor.unsqueeze(1).unbind(0)) for tensor in self.keys]
+        self.value_views = [list(tensor.unsqueeze(1).unbind(0)) for tensor in self.values]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens start .. end of one slot that go through attention together."""
+
+    slot: int
+    start: int
+    end: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+
+class SlotAttention:
+    """Attention state of one engine step: T packed tokens are the one-token pieces, then the longer ones, then padding.
+
+    Each piece is computed by itself from views of its own slot, so its shape depends on nothing but its own history.
+    With `batched`, one-token pieces share one masked call instead: fewer launches, no such guarantee.
+    """
+
+    def __init__(self, slots: KvSlots, pieces: Sequence[Piece], num_tokens: int, *, batched: bool) -> None:
+        self.slots = slots
+        self.single = [piece for piece in pieces if piece.num_tokens == 1]
+        self.longer = [piece for piece in pieces if piece.num_tokens > 1]
+        self.pieces = [*self.single, *self.longer]
+        self.num_padding = num_tokens - sum(piece.num_tokens for piece in pieces)
+        self._batched = batched and len(self.single) > 1
+        device = slots.keys[0].device
+        heads = torch.arange(slots.num_kv_heads)
+        row = torch.tensor(
+            [p.slot for p in self.pieces for _ in range(p.num_tokens)] + [slots.num_slots] * self.num_padding
+        )
+        position = torch.tensor([i for p in self.pieces for i in range(p.start, p.end)] + [0] * self.num_padding)
+        flat = (row[:, None] * slots.num_kv_heads + heads) * slots.capacity + position[:, None]
+        self._write_to = flat.flatten().to(device)
+        self.position_ids = position.to(device)
+        self._masks = [self._causal_mask(piece, device) for piece in self.longer]
+        if self._batched:
+            self._prepare_batched(device)
+
+    def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Store the new keys and values, then attend; [1, T, heads, head_dim]."""
+        slots = self.slots
+        num_tokens, num_heads = query.shape[2], query.shape[1]
+        for cache, new in ((slots.keys[layer_index], key), (slots.values[layer_index], value)):
+            cache.view(-1, slots.head_dim).index_copy_(
+                0, self._write_to, new[0].transpose(0, 1).reshape(-1, slots.head_dim)
+            )
+        group = num_heads // slots.num_kv_heads
+        queries = query[0].transpose(0, 1).reshape(num_tokens, slots.num_kv_heads, group, slots.head_dim)
+        outputs: list[Tensor] = []
+        if self._batched:
+            outputs.append(self._attend_batched(layer_index, queries[: len(self.single)], scaling))
+        elif self.single:
+            outputs.extend(self._attend_singles(layer_index, queries, scaling))
+        first = len(self.single)
+        for piece, mask in zip(self.longer, self._masks, strict=True):
+            rows = queries[first : first + piece.num_tokens]
+            outputs.append(self._attend_piece(layer_index, rows, piece, mask, scaling))
+            first += piece.num_tokens
+        if self.num_padding:
+            outputs.append(queries.new_zeros(self.num_padding, *queries.shape[1:]))
+        return torch.cat(outputs).view(1, num_tokens, num_heads, slots.head_dim)
+
+    def _attend_singles(self, layer_index: int, queries: Tensor, scaling: float) -> list[Tensor]:
+        """One call per token; the heads of a group stand as its query rows, so keys are never repeated in memory."""
+        keys, values = self.slots.key_views[layer_index], self.slots.value_views[layer_index]
+        rows = queries[: len(self.single)].unsqueeze(1).unbind(0)
+        return [
+            F.scaled_dot_product_attention(
+                row, keys[piece.slot].narrow(2, 0, piece.end), values[piece.slot].narrow(2, 0, piece.end), scale=scaling
+            )
+            for row, piece in zip(rows, self.single, strict=True)
+        ]
+
+    def _attend_piece(
+        self, layer_index: int, queries: Tensor, piece: Piece, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        keys = self.slots.key_views[layer_index][piece.slot].narrow(2, 0, piece.end)
+        values = self.slots.value_views[layer_index][piece.slot].narrow(2, 0, piece.end)
+        outputs = [
+            F.scaled_dot_product_attention(
+                queries[:, :, member].transpose(0, 1).unsqueeze(0),
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+            )
+            for member in range(queries.shape[2])
+        ]
+        return torch.stack(outputs, dim=3)[0].transpose(0, 1)
+
+    def _causal_mask(self, piece: Piece, device: torch.device) -> Tensor | None:
+        """[n, end] bool for a piece that follows earlier tokens of its own sequence; None for one that starts it."""
+        if piece.start == 0:
+            return None
+        ones = torch.ones(piece.num_tokens, piece.end, dtype=torch.bool, device=device)
+        return ones.tril(diagonal=piece.start)
+
+    def _prepare_batched(self, device: torch.device) -> None:
+        ends = torch.tensor([piece.end for piece in self.single], device=device)
+        self._longest = max(piece.end for piece in self.single)
+        self._rows = torch.tensor([piece.slot for piece in self.single], device=device)
+        visible = torch.arange(self._longest, device=device)[None, :] < ends[:, None]
+        self._visible = visible[:, None, None, :]
+
+    def _attend_batched(self, layer_index: int, queries: Tensor, scaling: float) -> Tensor:
+        keys = self.slots.keys[layer_index][:, :, : self._longest].index_select(0, self._rows)
+        values = self.slots.values[layer_index][:, :, : self._longest].index_select(0, self._rows)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._visible, scale=scaling)
+
+
+def _round_up(num_tokens: int) -> int:
+    return -(-num_tokens // CAPACITY_STEP) * CAPACITY_STEP

@@ -1,0 +1,63 @@
+"""Does a growing token sequence end here? End-of-sequence ids and stop strings, without decoding it all each time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerFast
+
+from zs_fast.models.load import LoadedModel
+
+
+def eos_token_ids(loaded: LoadedModel) -> frozenset[int]:
+    """The tokenizer's end-of-sequence id and all ids of the model's generation_config."""
+    ids = {loaded.tokenizer.eos_token_id}
+    config = getattr(loaded.model, "generation_config", None)
+    listed = getattr(config, "eos_token_id", None)
+    ids.update(listed if isinstance(listed, list | tuple) else [listed])
+    return frozenset(int(token) for token in ids if token is not None)
+
+
+class StopStrings:
+    """Finds the token that completes a stop string in the decoded text. Special tokens are hidden, as when reading.
+
+    Only tokens that can complete a string (they hold its last character) cost a decode, and that of a short tail.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._decode = tokenizer.backend_tokenizer.decode
+        self._special = frozenset(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
+        self._pieces: dict[int, str] = {}
+
+    def completed(self, token_ids: Sequence[int], stop: Sequence[str]) -> bool:
+        """Does the text of `token_ids` hold a stop string, given that without the last token it held none?"""
+        if not stop or not token_ids:
+            return False
+        piece = self._piece(token_ids[-1])
+        # Bytes of a split character decode to U+FFFD, and decoding may eat spaces: those are looked at in context.
+        if not any(
+            string[-1] in piece or "\ufffd" in piece or string[-1].isspace() or not string[-1].isascii()
+            for string in stop
+        ):
+            return False
+        text = self._decode(self._tail(token_ids, max(len(string.encode()) for string in stop)))
+        return any(string in text for string in stop)
+
+    def _piece(self, token: int) -> str:
+        if token not in self._pieces:
+            self._pieces[token] = self._decode([token])
+        return self._pieces[token]
+
+    def _tail(self, token_ids: Sequence[int], num_bytes: int) -> list[int]:
+        """The last tokens, enough for `num_bytes` of text: each visible token writes at least one byte.
+
+        One more is taken, since a decoder may strip the space that the first token of a text begins with.
+        """
+        tail: list[int] = []
+        for token in reversed(token_ids):
+            if token in self._special:
+                continue
+            tail.append(token)
+            if len(tail) > num_bytes:
+                break
+        return tail[::-1]
