@@ -21,7 +21,7 @@ from zs_fast.system.seeds import seed_for, uniform
 from zs_fast.types import Completion, FinishReason, Role, Sampling, SearchMode, SearchRequest, SearchResult
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
-_CONTROL_TOKEN = re.compile(r"<(?=[/|!]?\w|\|)|\[(?=/?(?:INST|SYSTEM|TOOL|AVAILABLE)\w*\])", re.IGNORECASE)
+_CONTROL_TOKEN = re.compile(r"<(?=[/|!]?[a-z_]|\|)|\[(?=/?(?:INST|SYSTEM|TOOL|AVAILABLE)\w*\])", re.IGNORECASE)
 
 
 class SimulatorEngine(Protocol):
