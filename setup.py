@@ -76,7 +76,9 @@ class CMakeBuild(build_ext):
         if made is None:
             target.unlink(missing_ok=True)  # a file of an earlier build would pass for a part of this one
             if self.products.is_dir():
-                self.give_up([ext], "no torch >= 2.11 found" if ext.name == TORCH_OPS else "Python.h or pybind11 missing")
+                self.give_up(
+                    [ext], "no torch >= 2.11 found" if ext.name == TORCH_OPS else "Python.h or pybind11 missing"
+                )
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(made, target)

@@ -187,7 +187,8 @@ def _help(command: str) -> int:
 
     from zs_fast.config import RunConfig
 
-    print(f"usage: zs-fast {command} RECIPE [RECIPE ...] [--field VALUE ...]\nRECIPE: {_recipe_names()}, or a .toml file\n")
+    print(f"usage: zs-fast {command} RECIPE [RECIPE ...] [--field VALUE ...]")
+    print(f"RECIPE: {_recipe_names()}, or a .toml file\n")
     try:
         tyro.cli(
             RunConfig,

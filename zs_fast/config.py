@@ -40,7 +40,8 @@ class SimulatorConfig(Section):
     """Who answers the searches in training, and how it is asked."""
 
     kind: Literal["model", "policy", "openai", "bm25"] = "model"
-    """`model`: its own model; `policy`: the policy's untrained base, prompted; `openai`: a remote server; `bm25`: real search in `corpus`."""
+    """`model`: its own model; `policy`: the policy's untrained base, prompted; `openai`: a remote server;
+    `bm25`: real search in `corpus`."""
     path: str = "quickstart:simulator"
     """The simulator's model (kind `model`); the same forms as `model.path`."""
     template: Literal["fine_tuned", "prompted"] = "fine_tuned"
@@ -187,7 +188,7 @@ class EngineConfig(Section):
     """The sampler."""
 
     kind: Literal["transformers"] = "transformers"
-    """`transformers`: plain transformers models with preallocated KV slots; runs anywhere, shares the policy's weights."""
+    """`transformers`: plain transformers models over preallocated KV slots; they share the policy's weights."""
     slots: Positive = 64
     """Sequences decoded at once, per model."""
     batch_invariant: bool | None = None

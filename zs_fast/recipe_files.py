@@ -52,7 +52,7 @@ def load_recipe(recipes: Sequence[str | Path], overrides: Overrides | None = Non
 
 
 def write_config(config: RunConfig, path: Path) -> None:
-    """Write `config` as TOML that `load_recipe([path])` reads back equal. TOML has no null: fields at None are left out."""
+    """Write `config` as TOML that `load_recipe([path])` reads back equal. Fields at None are left out: TOML has no null."""
     values = json.loads(config.model_dump_json(exclude_none=True))
     path.write_text(tomli_w.dumps(values), encoding="utf-8")
 
@@ -236,7 +236,7 @@ def _literals(annotation: Any) -> tuple[Any, ...]:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    """`; did you mean X?`, by the whole dotted name or, for `--steps`, by its last part; empty where nothing is near."""
+    """`; did you mean X?`, by the whole dotted name or, for `--steps`, by its last part; empty if nothing is near."""
     last = name.rpartition(".")[2]
     near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     near = near or [k for k in known if difflib.get_close_matches(last, [k.rpartition(".")[2]], cutoff=0.75)]

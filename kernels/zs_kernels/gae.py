@@ -13,6 +13,8 @@ Source: arXiv:1506.02438, equations 11 and 16.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def gae_reference(
     rewards, values = rewards_N.double(), values_N.double()
     advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
     mask, bounds = mask_N.tolist(), cu_seqlens.tolist()
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         next_value = advantage = rewards.new_zeros(())
         for n in range(end - 1, begin - 1, -1):
             if mask[n]:
@@ -56,9 +58,7 @@ def gae(
     return advantages, returns
 
 
-def check(
-    rewards_N: Tensor, values_N: Tensor, mask_N: Tensor, cu_seqlens: Tensor, gamma: float, lam: float
-) -> None:
+def check(rewards_N: Tensor, values_N: Tensor, mask_N: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> None:
     """Everything the compiled loop relies on, checked before it runs."""
     N = rewards_N.numel()
     for name, tensor in (("rewards_N", rewards_N), ("values_N", values_N), ("mask_N", mask_N)):
@@ -76,7 +76,7 @@ def check(
             f"gae: cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, expected [S + 1] int32 or int64"
         )
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != N or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] != N or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"gae: cu_seqlens must rise from 0 to {N}, got {bounds[:4]} ... {bounds[-1]}")
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= value <= 1.0:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
+
 from zs_kernels import _device
 from zs_kernels.gae import gae, gae_reference
 
@@ -48,7 +50,7 @@ def test_reference_has_verl_carry(lengths, gamma, lam):
     rewards, values, mask, cu_seqlens = packed(lengths, seed=1)
     advantages, returns = gae_reference(rewards, values, mask, cu_seqlens, gamma=gamma, lam=lam)
     bounds = cu_seqlens.tolist()
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         if begin == end:
             continue
         expected = verl_style(rewards[begin:end], values[begin:end], mask[begin:end], gamma, lam)

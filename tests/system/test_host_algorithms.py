@@ -15,8 +15,6 @@ EXAMPLES = int(os.environ.get("ZS_HYPOTHESIS_EXAMPLES", "200"))
 NAMES = ("think", "search", "answer", "information")
 
 
-
-
 def runs(lengths: list[int], bounds: list[int]) -> list[int]:
     return [sum(lengths[a:b]) for a, b in itertools.pairwise(bounds)]
 
@@ -35,9 +33,7 @@ def test_packing_equals_its_reference_and_keeps_the_budget(lengths, budget):
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(9, 20))
 def test_packing_is_optimal(lengths, budget):
     """Against every way to cut: no fewer runs within the budget, and with that many no smaller largest run."""
-    cuts = itertools.chain.from_iterable(
-        itertools.combinations(range(1, len(lengths)), k) for k in range(len(lengths))
-    )
+    cuts = itertools.chain.from_iterable(itertools.combinations(range(1, len(lengths)), k) for k in range(len(lengths)))
     ways = [runs(lengths, [0, *cut, len(lengths)]) for cut in cuts]
     best = min((len(way), max(way)) for way in ways if max(way) <= budget)
     mine = runs(lengths, host.pack_segments(lengths, budget))
@@ -90,4 +86,5 @@ def test_compiled_core_is_used_when_built():
     """Where the file is there it must load: a silent fall-back would hide a broken build."""
     from pathlib import Path
 
-    assert host.NATIVE == any(Path(host.__file__).parent.glob("_core.*"))
+    built = any(Path(host.__file__).parent.glob("_core.*"))
+    assert built == host.NATIVE
