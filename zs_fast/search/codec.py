@@ -40,6 +40,12 @@ class Codec:
                 f"the tokenizer is a {type(tokenizer).__name__}, which has no Rust tokenizer behind it. Use a model "
                 "folder with a tokenizer.json."
             )
+        if self._full.truncation or self._full.padding or self._full.encode_special_tokens:
+            # Such settings, often left in a tokenizer.json, would cut or fill prompts without a word.
+            self._full = Tokenizer.from_str(self._full.to_str())
+            self._full.no_truncation()
+            self._full.no_padding()
+            self._full.encode_special_tokens = False
         added = self._full.get_added_tokens_decoder()
         self._chat = bool(chat_template and getattr(tokenizer, "chat_template", None))
         self._plain = _without_added_tokens(self._full, {token.content for token in added.values()})
@@ -57,8 +63,15 @@ class Codec:
         made of, which need no breaking as they are encoded as ordinary pieces: whitespace (Gemma's newline runs) and
         plain words that are not special."""
         self._prompt_reserved = tuple(text for text in self.reserved_strings if text not in _PROTOCOL_TAGS)
+        guarded = {index for index, token in added.items() if token.content in self._prompt_reserved}
+        self._guarded = self._hidden | guarded
         self.eos_ids: frozenset[int] = self._find_eos_ids()
         """Ids that end a completion: the tokenizer's EOS, and what its chat template puts after an assistant turn."""
+        self.prompt_opens_thinking: bool = False
+        """True where the chat template itself writes `<think>` at the start of the assistant's turn."""
+        if self._chat:
+            start = self._render(_PROBE, None).rpartition(_PROBE)[2]
+            self.prompt_opens_thinking = start.rfind("<think>") > start.rfind("</think>")
 
     def encode_prompt(self, text: str, *, system: str | None = None) -> list[int]:
         """The ids of a single user turn and the start of the assistant's turn.
@@ -69,12 +82,18 @@ class Codec:
         data set can't end the turn.
         """
         text = break_strings(_SURROGATES.sub("\ufffd", text), self._prompt_reserved)
+        before, ids, after = self._prompt_parts(text, system)
+        expected = [index for index in before + after if index in self._guarded]
+        if [index for index in ids if index in self._guarded] != expected:
+            # A normaliser made a reserved token out of text that did not hold its string.
+            return before + self.encode_untrusted(text) + after
+        return ids
+
+    def _prompt_parts(self, text: str, system: str | None) -> tuple[list[int], list[int], list[int]]:
+        """Ids of what comes before the user's text, of the whole prompt, and of what comes after the text."""
         if not self._chat:
-            ids = self._full.encode((system + "\n\n" if system else "") + text).ids
-            while ids and ids[-1] in self.eos_ids:
-                ids.pop()
-            return ids
-        ids = self._encode_trusted(self._render(text, system))
+            lead = system + "\n\n" if system else ""
+            return self._encode_start(lead), self._encode_start(lead + text), []
         parts = self._render(_PROBE, system).split(_PROBE)
         if len(parts) != 2:
             raise PreflightError(
@@ -82,11 +101,7 @@ class Codec:
                 "model.chat_template = false, or repair the template."
             )
         before, after = (self._encode_trusted(part) for part in parts)
-        expected = [index for index in before + after if index in self._hidden]
-        if [index for index in ids if index in self._hidden] != expected:
-            # A normaliser made a special token out of text that did not hold its string.
-            return before + self.encode_untrusted(text) + after
-        return ids
+        return before, self._encode_trusted(self._render(text, system)), after
 
     def encode_untrusted(self, text: str) -> list[int]:
         """The ids of text that others wrote: no added token, special or not, is ever among them.
@@ -116,6 +131,13 @@ class Codec:
         visible = [index for index in ids if index not in self._hidden and 0 <= index < 2**32]
         text: str = self._full.decode(visible, skip_special_tokens=False)
         return text
+
+    def _encode_start(self, text: str) -> list[int]:
+        """Ids of a text that starts a sequence, with the tokenizer's own start token but no end token."""
+        ids: list[int] = self._full.encode(text).ids
+        while ids and ids[-1] in self.eos_ids:
+            ids.pop()
+        return ids
 
     def _encode_trusted(self, text: str) -> list[int]:
         ids: list[int] = self._full.encode(text, add_special_tokens=False).ids
@@ -149,6 +171,7 @@ class ByteCodec:
 
     added_ids: frozenset[int] = frozenset()
     eos_ids: frozenset[int] = frozenset()
+    prompt_opens_thinking = False
     reserved_strings: tuple[str, ...] = ()
     vocab_size = 256
 

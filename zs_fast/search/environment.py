@@ -109,8 +109,9 @@ class Episode:
                 f"{self.sample}, turn {self.turn}, where at most {limit} were asked for"
             )
         self.context_ids.extend(completion.token_ids)
-        action = parse_turn(self._codec.decode(completion.token_ids))
         index = self.turn
+        opening = "<think>" if index == 0 and self._codec.prompt_opens_thinking else ""
+        action = parse_turn(opening + self._codec.decode(completion.token_ids))
         self._turns.append(Turn(completion=completion, action=action))
         self._stop_reason = self._why_over(completion, action, limit)
         if self.done:
