@@ -8,6 +8,7 @@ passes a `PackedAttention`; the embedded engine passes its own state over key-va
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -39,9 +40,9 @@ class PackedAttention:
 
     def __init__(self, cu_seqlens: Sequence[int]) -> None:
         bounds = [int(bound) for bound in cu_seqlens]
-        if len(bounds) < 2 or bounds[0] != 0 or any(a >= b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
+        if len(bounds) < 2 or bounds[0] != 0 or any(a >= b for a, b in pairwise(bounds)):
             raise ValueError(f"cu_seqlens must start at 0 and rise strictly, got {bounds[:8]}")
-        self.lengths = [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        self.lengths = [b - a for a, b in pairwise(bounds)]
         self.num_tokens = bounds[-1]
 
     def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -29,6 +29,11 @@ class Engine(Protocol):
         """Advance all roles by one token each (or one prefill); what finished since the last call, maybe nothing."""
         ...
 
+    @property
+    def num_unfinished(self) -> int:
+        """Requests added whose completion `step` has not returned yet."""
+        ...
+
     def end(self, role: Role, cache_salt: str) -> None:
         """The trajectory is over: the KV kept under this salt may be dropped."""
         ...

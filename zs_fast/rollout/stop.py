@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerFast
-
 from zs_fast.models.load import LoadedModel
+from zs_fast.search.codec import Codec
 
 
-def eos_token_ids(loaded: LoadedModel) -> frozenset[int]:
-    """The tokenizer's end-of-sequence id and all ids of the model's generation_config."""
-    ids = {loaded.tokenizer.eos_token_id}
+def eos_token_ids(loaded: LoadedModel, codec: Codec) -> frozenset[int]:
+    """The ids that the codec knows to end a turn, and all of the model's generation_config."""
     config = getattr(loaded.model, "generation_config", None)
     listed = getattr(config, "eos_token_id", None)
-    ids.update(listed if isinstance(listed, list | tuple) else [listed])
-    return frozenset(int(token) for token in ids if token is not None)
+    ids = listed if isinstance(listed, list | tuple) else [listed]
+    return codec.eos_ids | {int(token) for token in ids if token is not None}
 
 
 class StopStrings:
-    """Finds the token that completes a stop string in the decoded text. Special tokens are hidden, as when reading.
+    """Finds the token that completes a stop string in the text as the game reads it (`Codec.decode`).
 
     Only tokens that can complete a string (they hold its last character) cost a decode, and that of a short tail.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._decode = tokenizer.backend_tokenizer.decode
-        self._special = frozenset(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
+    def __init__(self, codec: Codec) -> None:
+        self._decode = codec.decode
         self._pieces: dict[int, str] = {}
 
     def completed(self, token_ids: Sequence[int], stop: Sequence[str]) -> bool:
@@ -49,15 +46,14 @@ class StopStrings:
         return self._pieces[token]
 
     def _tail(self, token_ids: Sequence[int], num_bytes: int) -> list[int]:
-        """The last tokens, enough for `num_bytes` of text: each visible token writes at least one byte.
+        """The last tokens, enough for `num_bytes` of text: each token that is not hidden writes at least one byte.
 
         One more is taken, since a decoder may strip the space that the first token of a text begins with.
         """
         tail: list[int] = []
         for token in reversed(token_ids):
-            if token in self._special:
-                continue
-            tail.append(token)
+            if self._piece(token):
+                tail.append(token)
             if len(tail) > num_bytes:
                 break
         return tail[::-1]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from zs_fast.errors import EngineError, PreflightError
 from zs_fast.models.load import LoadedModel
@@ -21,6 +22,7 @@ from zs_fast.rollout.fixed_blocks import FixedBlocks, round_up_rows
 from zs_fast.rollout.kv_slots import Context, KvSlots, Piece, SlotAttention
 from zs_fast.rollout.sampler import sample_tokens
 from zs_fast.rollout.stop import StopStrings, eos_token_ids
+from zs_fast.search.codec import Codec
 from zs_fast.types import Completion, FinishReason, Role, Sampling
 
 PIECE_TOKENS = 256
@@ -135,6 +137,10 @@ class TransformersEngine:
         """Counts per role since the engine was made."""
         return {role: lane.stats() for role, lane in self._lanes.items()}
 
+    def module(self, role: Role) -> PreTrainedModel:
+        """The module that samples for `role`: the very one that was passed in."""
+        return self._lane(role).model
+
     @property
     def num_unfinished(self) -> int:
         return sum(lane.num_unfinished for lane in self._lanes.values())
@@ -161,12 +167,13 @@ class _Lane:
             )
         parameter = next(loaded.model.parameters())
         self._role = role
-        self._model = loaded.model
+        self.model = loaded.model
         self._decoder = loaded.model.get_decoder()
         self._lm_head = loaded.model.get_output_embeddings()
         self._vocab_size = len(loaded.tokenizer)
-        self._eos_ids = eos_token_ids(loaded)
-        self._stop_strings = StopStrings(loaded.tokenizer)
+        codec = Codec(loaded.tokenizer, chat_template=True)
+        self._eos_ids = eos_token_ids(loaded, codec)
+        self._stop_strings = StopStrings(codec)
         self._max_tokens = max_tokens
         self._blocks = FixedBlocks(loaded.model) if batch_invariant else None
         self._device = parameter.device
@@ -215,7 +222,8 @@ class _Lane:
         context = context or Context()
         if context.busy:
             raise EngineError(
-                f"Request {request_id} of {self._role} uses cache_salt {cache_salt!r}, whose last request is unfinished."
+                f"Request {request_id} of {self._role} uses cache_salt {cache_salt!r}, whose last request is "
+                "unfinished."
             )
         context.busy = True
         if cache_salt is not None:
@@ -254,7 +262,7 @@ class _Lane:
         if not scheduled:
             return []
         self._counts["steps"] += 1
-        with _eval_mode(self._model), self._blocks.active() if self._blocks else nullcontext():
+        with _eval_mode(self.model), self._blocks.active() if self._blocks else nullcontext():
             due, logits = self._forward(scheduled)
         if not due:
             return []
