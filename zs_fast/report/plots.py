@@ -91,6 +91,8 @@ def panels_png(series: Mapping[str, Series], *, columns: int = 4) -> bytes:
         # Names hold text from data files; `$` would start a formula.
         axes.set_title(name, fontsize=9, loc="left", parse_math=False)
         axes.tick_params(labelsize=7)
+        if name.endswith("_share") or name.startswith("stop/"):
+            axes.set_ylim(-0.03, 1.03)
         _tidy(axes)
     for axes in grid[len(series) :]:
         axes.set_visible(False)
