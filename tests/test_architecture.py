@@ -49,7 +49,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def module_of(path: Path) -> str:
-    """Dotted name below its root: zs_fast/search/data.py -> search.data; kernels/zs_kernels/gae.py -> zs_kernels.gae."""
+    """Dotted name below its root: zs_fast/search/data.py -> search.data, kernels/zs_kernels/a.py -> zs_kernels.a."""
     parts = list(path.relative_to(ROOT).with_suffix("").parts)
     parts = parts[1:] if parts[0] in ("kernels", "zs_fast") else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

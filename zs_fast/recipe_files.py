@@ -52,7 +52,7 @@ def load_recipe(recipes: Sequence[str | Path], overrides: Overrides | None = Non
 
 
 def write_config(config: RunConfig, path: Path) -> None:
-    """Write `config` as TOML that `load_recipe([path])` reads back equal. Fields at None are left out: TOML has no null."""
+    """Write TOML that `load_recipe([path])` reads back equal. Fields at None are left out: TOML has no null."""
     values = json.loads(config.model_dump_json(exclude_none=True))
     path.write_text(tomli_w.dumps(values), encoding="utf-8")
 

@@ -18,20 +18,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from zs_kernels._check import require, require_floating, require_mask, require_tensor
 from zs_kernels._device import runs_native
 
 
 def gae_reference(
-    rewards_N: Tensor, values_N: Tensor, mask_N: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float
+    rewards: Tensor, values: Tensor, mask: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """What the op means, one token at a time. Slow on purpose: the fast path answers to it."""
-    rewards, values = rewards_N.double(), values_N.double()
+    rewards, values = rewards.double(), values.double()
     advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
-    mask, bounds = mask_N.tolist(), cu_seqlens.tolist()
-    for begin, end in pairwise(bounds):
+    written = mask.tolist()
+    for begin, end in pairwise(cu_seqlens.tolist()):
         next_value = advantage = rewards.new_zeros(())
         for n in range(end - 1, begin - 1, -1):
-            if mask[n]:
+            if written[n]:
                 delta = rewards[n] + gamma * next_value - values[n]
                 advantage = delta + gamma * lam * advantage
                 next_value = values[n]
@@ -42,42 +43,32 @@ def gae_reference(
 
 @torch.no_grad()
 def gae(
-    rewards_N: Tensor, values_N: Tensor, mask_N: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.0, lam: float = 1.0
+    rewards: Tensor, values: Tensor, mask: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.0, lam: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """(advantages, returns), each [N] float32, without gradient.
 
-    rewards_N, values_N: [N] floating point; mask_N: [N] bool, True on the tokens the policy wrote; cu_seqlens: [S + 1]
+    rewards, values: [N] floating point; mask: [N] bool, True on the tokens the policy wrote; cu_seqlens: [S + 1]
     integer bounds of the sequences, from 0 to N. Raises ValueError or TypeError naming the argument.
     """
-    check(rewards_N, values_N, mask_N, cu_seqlens, gamma, lam)
-    if not runs_native(rewards_N, values_N, mask_N, cu_seqlens):
-        return gae_reference(rewards_N, values_N, mask_N, cu_seqlens, gamma=gamma, lam=lam)
-    advantages, returns = torch.ops.zs_kernels.gae(
-        rewards_N.float(), values_N.float(), mask_N, cu_seqlens.long(), gamma, lam
-    )
+    check(rewards, values, mask, cu_seqlens, gamma, lam)
+    if not runs_native(rewards, values, mask, cu_seqlens):
+        return gae_reference(rewards, values, mask, cu_seqlens, gamma=gamma, lam=lam)
+    advantages, returns = torch.ops.zs_kernels.gae(rewards.float(), values.float(), mask, cu_seqlens.long(), gamma, lam)
     return advantages, returns
 
 
-def check(rewards_N: Tensor, values_N: Tensor, mask_N: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> None:
+def check(rewards: Tensor, values: Tensor, mask: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> None:
     """Everything the compiled loop relies on, checked before it runs."""
-    N = rewards_N.numel()
-    for name, tensor in (("rewards_N", rewards_N), ("values_N", values_N), ("mask_N", mask_N)):
-        if tensor.shape != (N,):
-            raise ValueError(f"gae: {name} has shape {tuple(tensor.shape)}, expected ({N},) like rewards_N, packed")
-        if tensor.device != rewards_N.device:
-            raise ValueError(f"gae: {name} is on {tensor.device}, rewards_N on {rewards_N.device}; put both on one")
-    for name, tensor in (("rewards_N", rewards_N), ("values_N", values_N)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"gae: {name} is {tensor.dtype}, expected a floating point type")
-    if mask_N.dtype != torch.bool:
-        raise TypeError(f"gae: mask_N is {mask_N.dtype}, expected torch.bool; pass mask != 0")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise TypeError(
-            f"gae: cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, expected [S + 1] int32 or int64"
-        )
+    require_floating("gae", "rewards", rewards)
+    require(rewards.dim() == 1, "gae", "rewards", "packed, of shape [N]", rewards)
+    require_floating("gae", "values", values, shape=tuple(rewards.shape))
+    require(values.device == rewards.device, "gae", "values", f"on {rewards.device} like rewards", values)
+    require_mask("gae", "mask", mask, tuple(rewards.shape), rewards.device)
+    require_tensor("gae", "cu_seqlens", cu_seqlens)
+    good = cu_seqlens.dtype in (torch.int64, torch.int32) and cu_seqlens.dim() == 1 and cu_seqlens.numel() > 0
+    require(good, "gae", "cu_seqlens", "an int64 or int32 tensor of shape [S + 1]", cu_seqlens)
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != N or any(a > b for a, b in pairwise(bounds)):
-        raise ValueError(f"gae: cu_seqlens must rise from 0 to {N}, got {bounds[:4]} ... {bounds[-1]}")
-    for name, value in (("gamma", gamma), ("lam", lam)):
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"gae: {name} is {value}, expected a number in [0, 1]")
+    rising = bounds[0] == 0 and bounds[-1] == rewards.numel() and all(a <= b for a, b in pairwise(bounds))
+    require(rising, "gae", "cu_seqlens", f"bounds that rise from 0 to {rewards.numel()}", bounds)
+    require(0.0 <= gamma <= 1.0, "gae", "gamma", "a number in [0, 1]", gamma)
+    require(0.0 <= lam <= 1.0, "gae", "lam", "a number in [0, 1]", lam)

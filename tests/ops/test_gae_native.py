@@ -112,9 +112,9 @@ def test_inputs_that_need_a_gradient_take_the_reference():
 
 
 GOOD = {
-    "rewards_N": torch.zeros(4),
-    "values_N": torch.zeros(4),
-    "mask_N": torch.ones(4, dtype=torch.bool),
+    "rewards": torch.zeros(4),
+    "values": torch.zeros(4),
+    "mask": torch.ones(4, dtype=torch.bool),
     "cu_seqlens": torch.tensor([0, 4]),
 }
 
@@ -122,15 +122,16 @@ GOOD = {
 @pytest.mark.parametrize(
     "name, value, error",
     [
-        ("values_N", torch.zeros(3), ValueError),
-        ("rewards_N", torch.zeros(2, 2), ValueError),
-        ("rewards_N", torch.zeros(4, dtype=torch.int64), TypeError),
-        ("mask_N", torch.ones(4), TypeError),
+        ("values", torch.zeros(3), ValueError),
+        ("rewards", torch.zeros(2, 2), ValueError),
+        ("rewards", torch.zeros(4, dtype=torch.int64), ValueError),
+        ("mask", torch.ones(4), ValueError),
         ("cu_seqlens", torch.tensor([0, 5]), ValueError),
         ("cu_seqlens", torch.tensor([0, 3, 2, 4]), ValueError),
         ("cu_seqlens", torch.tensor([1, 4]), ValueError),
-        ("cu_seqlens", torch.tensor([0.0, 4.0]), TypeError),
-        ("cu_seqlens", torch.zeros(0, dtype=torch.int64), TypeError),
+        ("cu_seqlens", torch.tensor([0.0, 4.0]), ValueError),
+        ("cu_seqlens", torch.zeros(0, dtype=torch.int64), ValueError),
+        ("mask", [True] * 4, TypeError),
         ("gamma", 1.5, ValueError),
         ("lam", float("nan"), ValueError),
     ],
