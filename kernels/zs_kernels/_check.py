@@ -48,7 +48,14 @@ def require_mask(op: str, argument: str, mask: Tensor | None, shape: tuple[int, 
 
 
 def require_index(
-    op: str, argument: str, index: Tensor, shape: tuple[int, ...], limit: int, *, device: torch.device, mask: Tensor | None
+    op: str,
+    argument: str,
+    index: Tensor,
+    shape: tuple[int, ...],
+    limit: int,
+    *,
+    device: torch.device,
+    mask: Tensor | None,
 ) -> None:
     """Raise unless `index` is an int64/int32 tensor of `shape` whose unmasked values lie in [0, limit)."""
     require_tensor(op, argument, index)

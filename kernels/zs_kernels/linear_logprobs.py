@@ -24,7 +24,7 @@ from zs_kernels._check import require, require_floating, require_index, require_
 from zs_kernels.token_logprobs import TokenLogprobs, token_logprobs
 
 DEFAULT_WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-"""One chunk's logits: on a CPU small enough to keep the row sweeps near the caches, on a GPU large enough for the GEMMs."""
+"""One chunk's logits: on a CPU small enough to keep row sweeps near the caches, on a GPU large enough for the GEMMs."""
 
 
 def linear_logprobs_reference(
@@ -42,9 +42,7 @@ def linear_logprobs_reference(
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
-    return token_logprobs(
-        logits, index, temperature=temperature, mask=mask, entropy=entropy, softcap=softcap
-    )
+    return token_logprobs(logits, index, temperature=temperature, mask=mask, entropy=entropy, softcap=softcap)
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -80,7 +78,8 @@ class _Head:
 
 def _entropy_terms(logprobs: Tensor, probabilities: Tensor) -> Tensor:
     """Sum of p log p per row, where a probability of 0 adds 0."""
-    return torch.linalg.vecdot(probabilities, logprobs.clamp(min=torch.finfo(logprobs.dtype).min), dim=1)
+    bounded = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # 0 * finite instead of 0 * -inf
+    return (probabilities * bounded).sum(dim=1)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -189,11 +188,11 @@ def linear_logprobs(
 ) -> TokenLogprobs:
     """`logprobs` [N] (and `entropy` [N] when asked) of `index` under softmax(head(hidden) / temperature).
 
-    hidden: [N, H] floating point. weight: [V, H], bias: [V], of the same type. index: [N] int64/int32 in [0, V), ignored
-    where masked. temperature: above 0, a number or [N]. mask: [N] bool; a False row costs nothing, gives 0 and gets
-    gradient 0 even where its hidden state is NaN. exact: run the head in float32 for bfloat16 or float16 inputs, so
-    that no rounding stands between the products and the softmax (costs a float32 copy of the head). workspace_bytes:
-    bound of one chunk's logits and the two temporaries of its size; at least one row is worked off at a time.
+    hidden: [N, H] floating point. weight: [V, H], bias: [V], of the same type. index: [N] int64/int32 in [0, V),
+    ignored where masked. temperature: above 0, a number or [N]. mask: [N] bool; a False row costs nothing, gives 0 and
+    gets gradient 0 even where its hidden state is NaN. exact: run the head in float32 for bfloat16 or float16 inputs,
+    so that no rounding stands between the products and the softmax (costs a float32 copy of the head).
+    workspace_bytes: bound of one chunk's logits and the two temporaries of its size; a chunk has at least one row.
     Gradients flow to hidden, weight and bias, once (no second derivative). Raises ValueError, TypeError or IndexError
     that names the argument.
     """
@@ -229,7 +228,8 @@ def linear_logprobs(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     row_bytes = 3 * vocabulary * torch.finfo(_statistics_dtype(hidden.dtype)).bits // 8
     chunk_rows = max(1, workspace_bytes // row_bytes)
-    logprobs, entropies = _LinearLogprobs.apply(hidden, weight, bias, index, scale, softcap, entropy, chunk_rows)
+    arguments = (hidden, weight, bias, index, scale, softcap, entropy, chunk_rows)
+    logprobs, entropies = _LinearLogprobs.apply(*arguments)  # type: ignore[no-untyped-call]
     if chosen_rows is not None:
         logprobs = logprobs.new_zeros(rows).index_put((chosen_rows,), logprobs)
         entropies = entropies.new_zeros(rows).index_put((chosen_rows,), entropies)

@@ -61,10 +61,10 @@ def token_logprobs(
     """Log-probabilities of `index` under `logits`, differentiable through `logprobs` and `entropy`.
 
     logits: [N, V] floating point, any strides. index: [N] or [N, K] int64/int32 in [0, V); ignored where masked.
-    temperature: above 0, a number or [N]. mask: [N] bool; a False row gives 0 everywhere and gets gradient 0, even where
-    its logits are NaN. bias: [V]. keep: (offsets [N + 1], ids) int64, the tokens each row may use; the softmax runs
-    over them alone (as a top-k or top-p sampler's did). A logit of -inf has probability 0. A row with no finite logit
-    has log-probability -inf, entropy 0 and gradient 0.
+    temperature: above 0, a number or [N]. mask: [N] bool; a False row gives 0 everywhere and gets gradient 0, even
+    where its logits are NaN. bias: [V]. keep: (offsets [N + 1], ids) int64, the tokens each row may use; the softmax
+    runs over them alone (as a top-k or top-p sampler's did). A logit of -inf has probability 0. A row with no finite
+    logit has log-probability -inf, entropy 0 and gradient 0.
     Raises ValueError, TypeError or IndexError that names the argument.
     """
     op = "token_logprobs"

@@ -3,10 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+
 from zs_kernels import linear_logprobs, linear_logprobs_reference
 
 
-def inputs(rows: int, size: int, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(
+    rows: int, size: int, vocabulary: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, size, generator=generator, dtype=torch.float64)
     weight = torch.randn(vocabulary, size, generator=generator, dtype=torch.float64) * (8 / size**0.5)  # peaky rows
@@ -27,8 +30,12 @@ def gradients(function, hidden, weight, bias, index, upstream, **options):  # ty
 
 
 # one row; odd sizes; one row above and below a chunk boundary; one chunk (kept) and many (recomputed)
-@pytest.mark.parametrize("rows, size, vocabulary, chunk_rows", [(1, 3, 7, 1), (17, 5, 33, 4), (16, 8, 129, 16), (33, 7, 65, 16)])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"softcap": 5.0, "temperature": 1.3}, {"temperature": "rows"}])
+@pytest.mark.parametrize(
+    "rows, size, vocabulary, chunk_rows", [(1, 3, 7, 1), (17, 5, 33, 4), (16, 8, 129, 16), (33, 7, 65, 16)]
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"softcap": 5.0, "temperature": 1.3}, {"temperature": "rows"}]
+)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_forward_and_backward_equal_the_reference_in_float64(
     rows: int, size: int, vocabulary: int, chunk_rows: int, options: dict, with_bias: bool

@@ -1,4 +1,4 @@
-"""The tensor nouns of the learning step: PackedBatch -> ScoredBatch -> TrainBatch, and the micro batches that view them.
+"""The tensor nouns of the learning step: PackedBatch -> ScoredBatch -> TrainBatch, and micro batches that view them.
 
 Index n of every per-token column speaks of `targets[n]`: the token that follows `inputs[n]` in its sequence.
 Dimensions: N packed tokens, M loss tokens, S sequences (trajectories), G groups.
@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from zs_fast.types import StopReason
 
+PER_SEQUENCE_COLUMNS = frozenset({"rewards", "group", "trainable"})
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """A contiguous range of a packed batch's sequences: what one forward and backward pass sees. Its tensors are views."""
+    """A contiguous range of a packed batch's sequences, for one forward and backward pass. Its columns are views."""
 
     inputs: Tensor
     """[n] int64"""
@@ -37,11 +39,11 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        return self.tokens.stop - self.tokens.start
+        return len(range(self.tokens.start, self.tokens.stop))
 
     @property
     def num_loss_tokens(self) -> int:
-        return self.loss_tokens.stop - self.loss_tokens.start
+        return len(range(self.loss_tokens.start, self.loss_tokens.stop))
 
     @property
     def loss_targets(self) -> Tensor:
@@ -57,8 +59,8 @@ class MicroBatch:
 class PackedTokens:
     """Sequences laid end to end, without padding.
 
-    Sequences (p a) and (q b c), where the policy wrote a and c: inputs [p | q b], targets [a | b c], positions [0 | 0 1],
-    loss_mask [1 | 0 1], loss_index [0 2], cu_seqlens (0, 1, 3), loss_offsets (0, 1, 2).
+    Sequences (p a) and (q b c), where the policy wrote a and c: inputs [p | q b], targets [a | b c],
+    positions [0 | 0 1], loss_mask [1 | 0 1], loss_index [0 2], cu_seqlens (0, 1, 3), loss_offsets (0, 1, 2).
     """
 
     inputs: Tensor
@@ -91,9 +93,14 @@ class PackedTokens:
         return len(self.cu_seqlens) - 1
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch with every tensor on `device`."""
+        """The same batch with its per-token columns on `device`. Per-sequence columns stay on the CPU."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in values.items()
+            if isinstance(value, Tensor) and name not in PER_SEQUENCE_COLUMNS
+        }
+        return replace(self, **moved)
 
     def view(self, first: int, last: int) -> MicroBatch:
         """Sequences first .. last - 1 as a micro batch."""
@@ -173,6 +180,6 @@ class TrainBatch:
     advantages: Tensor
     """[N] float32, 0 outside the loss tokens"""
     sequence_advantages: Tensor
-    """[S] float32"""
+    """[S] float32, on the CPU; 0 for a trajectory that is not trainable"""
     dead_groups: Tensor
-    """[G] bool, True where a group gives no signal: rewards all equal, or fewer than two trainable trajectories"""
+    """[G] bool, on the CPU; True where a group's rewards give no gradient"""

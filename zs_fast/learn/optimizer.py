@@ -7,8 +7,9 @@ Source: decoupled weight decay, arXiv:1711.05101.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,14 +55,15 @@ class Optimizer:
         self.num_skipped = 0
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._masters: dict[str, Tensor] = {}
-        self._hooks = []
+        self._hooks: list[Any] = []
         for name, parameter in self._parameters.items():
             if parameter.dtype == torch.float32:
                 self._masters[name] = parameter
                 continue
             master = parameter.detach().float()
             self._masters[name] = master
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(_moves_grad_to(master)))
+            hook = parameter.register_post_accumulate_grad_hook(_moves_grad_to(master))  # type: ignore[no-untyped-call]
+            self._hooks.append(hook)
         matrices = [master for master in self._masters.values() if master.dim() >= 2]
         others = [master for master in self._masters.values() if master.dim() < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -104,7 +106,7 @@ class Optimizer:
         self.num_skipped += 1
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """AdamW's step count and moments by parameter name, and the masters of narrower weights: what a resume needs."""
+        """AdamW's step counts and moments by parameter name, and masters of narrower weights: what a resume needs."""
         tensors: dict[str, Tensor] = {}
         for name, master in self._masters.items():
             if self._parameters[name] is not master:
@@ -137,7 +139,9 @@ class Optimizer:
                     }
 
 
-def _moves_grad_to(master: Tensor):  # type: ignore[no-untyped-def]
+def _moves_grad_to(master: Tensor) -> Callable[[Tensor], None]:
+    """A hook that adds a parameter's new gradient to its master's, in float32, and drops it."""
+
     def move(parameter: Tensor) -> None:
         assert parameter.grad is not None
         gradient = parameter.grad.float()

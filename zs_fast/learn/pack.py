@@ -25,7 +25,7 @@ class TokenSequence:
 
 
 def pack_tokens(sequences: Iterable[TokenSequence]) -> PackedTokens:
-    """Sequences laid end to end on the CPU. The first token of a sequence can't be a loss token: nothing precedes it."""
+    """Sequences laid end to end on the CPU. A sequence's first token can't be a loss token: nothing precedes it."""
     inputs: list[int] = []
     targets: list[int] = []
     flags: list[bool] = []
@@ -83,17 +83,15 @@ def _sampler_logprobs(trajectory: Trajectory) -> list[float]:
     return values
 
 
-def pack(
-    groups: Sequence[Group], *, token_budget: int, mask_stop_reasons: Collection[StopReason | str] = ()
-) -> PackedBatch:
+def pack(groups: Sequence[Group], *, token_budget: int, mask: Collection[StopReason | str] = ()) -> PackedBatch:
     """One step's groups as a packed batch on the CPU, in their order.
 
     token_budget: most tokens in one micro batch; a longer trajectory is a micro batch of its own.
-    mask_stop_reasons: trajectories that ended so are not trainable (`algorithm.mask_stop_reasons`); neither are those
-    whose `trainable` is False.
+    mask: trajectories that ended so are not trainable (`algorithm.mask_stop_reasons`); neither are those whose
+    `trainable` is False.
     """
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-    trainable = [t.trainable and t.stop_reason not in mask_stop_reasons for t in trajectories]
+    trainable = [t.trainable and t.stop_reason not in mask for t in trajectories]
     tokens = pack_tokens(token_sequence(t, trainable=keep) for t, keep in zip(trajectories, trainable, strict=True))
     group_offsets = [0]
     for group in groups:

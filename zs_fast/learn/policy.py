@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from zs_kernels import TokenLogprobs, linear_logprobs
 
 from zs_fast.learn.batch import MicroBatch
 from zs_fast.models.attention import PackedAttention
+from zs_kernels import TokenLogprobs, linear_logprobs
 
 
 def hidden_states(model: nn.Module, micro: MicroBatch) -> Tensor:

@@ -1,13 +1,13 @@
 """Supervised fine-tuning on the same packed step: examples laid end to end, loss on masked-in tokens only.
 
-    loss = - sum over loss tokens of log p(token) / number of loss tokens of the whole batch
+The loss is minus the sum of the loss tokens' log-probabilities, over the number of loss tokens of the whole batch.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +96,7 @@ def sft_step(
     for micro in packed.micro_batches(token_budget):
         logprobs = logprobs_at_loss_tokens(model.model, micro, temperature=1.0).logprobs
         loss = -logprobs.sum() / packed.num_loss_tokens
-        loss.backward()
+        torch.autograd.backward(loss)
         total += loss.detach()
     loss_value, grad_norm = torch.stack([total, optimizer.clip_gradients().to(total.device)]).tolist()
     skipped = not (math.isfinite(loss_value) and math.isfinite(grad_norm))
@@ -124,8 +124,8 @@ def _usable(examples: Sequence[SftExample], config: SftConfig) -> list[SftExampl
             usable.append(example)
         elif not config.skip_long:
             raise DataError(
-                f"example {number} has {len(example.input_ids)} tokens, more than sft.max_tokens = {config.max_tokens}. "
-                "Raise sft.max_tokens, or set sft.skip_long = true to leave such examples out."
+                f"example {number} has {len(example.input_ids)} tokens, more than sft.max_tokens = "
+                f"{config.max_tokens}. Raise sft.max_tokens, or set sft.skip_long = true to leave such examples out."
             )
     if not usable:
         raise DataError(
@@ -136,7 +136,7 @@ def _usable(examples: Sequence[SftExample], config: SftConfig) -> list[SftExampl
     return usable
 
 
-def _order(count: int, seed: int):  # type: ignore[no-untyped-def]
+def _order(count: int, seed: int) -> Iterator[int]:
     """Example numbers without end: each epoch is a permutation drawn from (seed, epoch)."""
     epoch = 0
     while True:

@@ -1,0 +1,71 @@
+"""Whose weights are meant: the trained policy and the frozen reference, and their log-probabilities of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zs_fast.errors import ConfigError
+from zs_fast.learn.batch import PackedBatch, ScoredBatch
+from zs_fast.learn.policy import logprobs_at_loss_tokens
+from zs_fast.models.load import LoadedModel
+from zs_fast.types import Role
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Roles:
+    """The models of the learning step. `Roles(policy=load_model(...), reference=None, temperature=1.0)`."""
+
+    policy: LoadedModel
+    reference: LoadedModel | None
+    """Frozen copy of the policy as it was before training; None when no KL term is used, so that none is held."""
+    temperature: float
+    """The sampling temperature: log-probabilities are those of the distribution that was sampled from."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0.0:
+            raise ConfigError(
+                f"sampling.temperature is {self.temperature}: greedy play has no distribution to train. "
+                "Set it above 0, for example to 1.0 (evaluation has its own eval.temperature)."
+            )
+        if self.reference is not None:
+            self.reference.model.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.policy.model.device
+        return device
+
+    @property
+    def scores_before_update(self) -> bool:
+        """Does `score` run a forward pass at all?"""
+        return self.reference is not None
+
+    def logprobs(self, role: Role | str, packed: PackedBatch) -> Tensor:
+        """[N] float32 on the policy's device: the role's log-probabilities at loss tokens, 0 elsewhere. No gradient."""
+        loaded = {Role.POLICY: self.policy, Role.REFERENCE: self.reference}.get(Role(role))
+        if loaded is None:
+            raise ValueError(f"this run holds no model for the role {str(role)!r}")
+        column = torch.zeros(packed.num_tokens, device=self.device)
+        with torch.no_grad():
+            for micro in packed.micro_batches(packed.token_budget):
+                scored = logprobs_at_loss_tokens(loaded.model, micro, temperature=self.temperature)
+                column[micro.tokens][micro.loss_index] = scored.logprobs
+        return column
+
+
+def score(packed: PackedBatch, roles: Roles, *, old_logprobs: bool = False) -> ScoredBatch:
+    """The batch on the policy's device with the log-probabilities of frozen weights.
+
+    The reference is scored when there is one. The policy itself is scored only on request: where a step makes a single
+    update, the update's own forward pass sees the very weights that a scoring pass would see, so its log-probabilities,
+    detached, are the old ones and every ratio is exactly 1.
+    """
+    packed = packed.to(roles.device)
+    return ScoredBatch(
+        packed=packed,
+        old_logprobs=roles.logprobs(Role.POLICY, packed) if old_logprobs else None,
+        ref_logprobs=roles.logprobs(Role.REFERENCE, packed) if roles.reference is not None else None,
+    )

@@ -1,0 +1,194 @@
+"""A credited batch -> optimizer steps -> numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from zs_fast.config import AlgorithmConfig, TrainConfig
+from zs_fast.errors import CheckpointUnusableError, ConfigError, PreflightError
+from zs_fast.learn.batch import TrainBatch
+from zs_fast.learn.losses import micro_batch_loss
+from zs_fast.learn.optimizer import Optimizer, Schedule
+from zs_fast.learn.policy import logprobs_at_loss_tokens, training_mode
+from zs_fast.learn.roles import Roles
+from zs_fast.system.distributed import all_reduce_sums, world_size
+from zs_fast.types import Role, StepStats
+
+
+@dataclass(slots=True)
+class _Totals:
+    """What the optimizer steps of one batch add up to."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    num_loss_tokens: float = 0.0
+    """Of the steps that were taken."""
+    grad_norms: list[float] = field(default_factory=list)
+    nonfinite_losses: int = 0
+    nonfinite_grad_norms: int = 0
+    empty_steps: int = 0
+
+    def add(self, sums: Mapping[str, float], num_loss_tokens: float, grad_norm: float) -> None:
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.num_loss_tokens += num_loss_tokens
+        self.grad_norms.append(grad_norm)
+
+    def mean(self, name: str) -> float:
+        return self.sums[name] / self.num_loss_tokens
+
+
+class Updater:
+    """Trains `roles.policy` in place: `mini_batches` optimizer steps per pass, `epochs` passes over each batch.
+
+    A step whose loss or gradient is not finite is left out: the weights and AdamW's moments stay as they were, and it
+    is counted under `update/nonfinite_*`. total_steps: batches in the whole run, for the learning-rate schedule.
+    """
+
+    def __init__(self, roles: Roles, train: TrainConfig, algorithm: AlgorithmConfig, *, total_steps: int) -> None:
+        if algorithm.kl_coefficient > 0.0 and roles.reference is None:
+            raise ConfigError(
+                f"algorithm.kl_coefficient is {algorithm.kl_coefficient}, which needs a reference model, but none was "
+                "given. Pass one, or set algorithm.kl_coefficient = 0."
+            )
+        if world_size() > 1:
+            raise PreflightError(
+                f"{world_size()} processes were started, but the update adds no gradients over processes. Start one."
+            )
+        self.roles, self.train, self.algorithm = roles, train, algorithm
+        self.updates_per_batch = train.mini_batches * train.epochs
+        schedule = Schedule(
+            peak=train.learning_rate,
+            warmup_steps=train.warmup_steps,
+            total_steps=total_steps * self.updates_per_batch,
+            final_fraction=train.final_learning_rate_fraction,
+        )
+        self.optimizer = Optimizer(
+            roles.policy.model,
+            schedule,
+            betas=train.betas,
+            eps=train.adam_eps,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm,
+        )
+
+    def update(self, batch: TrainBatch) -> StepStats:
+        """Take the batch's optimizer steps. One host sync per optimizer step."""
+        batch = self._with_old_logprobs(batch)
+        packed = batch.scored.packed
+        totals = _Totals()
+        learning_rate = self.optimizer.learning_rate
+        with training_mode(self.roles.policy.model, gradient_checkpointing=self.train.gradient_checkpointing):
+            for _ in range(self.train.epochs):
+                for number in range(self.train.mini_batches):
+                    learning_rate = self.optimizer.learning_rate
+                    first, last = (
+                        packed.group_offsets[edge * packed.num_groups // self.train.mini_batches]
+                        for edge in (number, number + 1)
+                    )
+                    self._optimizer_step(batch, first, last, totals)
+        return StepStats(values=self._values(batch, totals, learning_rate))
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """AdamW's moments and step counts (and float32 masters of narrower weights), by parameter name."""
+        return self.optimizer.state_tensors()
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state_tensors` gave; the policy's weights are loaded by themselves."""
+        self.optimizer.load_state_tensors(tensors)
+
+    def state(self) -> dict[str, int]:
+        """Counters for the checkpoint's JSON."""
+        return {"optimizer_steps": self.optimizer.position, "skipped_steps": self.optimizer.num_skipped}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        try:
+            self.optimizer.position = int(state["optimizer_steps"])
+            self.optimizer.num_skipped = int(state["skipped_steps"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointUnusableError(
+                f"the checkpoint's updater state {dict(state)!r} lacks a number for {error}; use another checkpoint"
+            ) from error
+
+    def _with_old_logprobs(self, batch: TrainBatch) -> TrainBatch:
+        """With several updates per batch, the policy's log-probabilities before the first, from one scoring pass."""
+        if self.updates_per_batch == 1 or batch.scored.old_logprobs is not None:
+            return batch
+        scored = replace(batch.scored, old_logprobs=self.roles.logprobs(Role.POLICY, batch.scored.packed))
+        return replace(batch, scored=scored)
+
+    def _optimizer_step(self, batch: TrainBatch, first: int, last: int, totals: _Totals) -> None:
+        """One optimizer step on sequences first .. last - 1."""
+        packed, model = batch.scored.packed, self.roles.policy.model
+        local = packed.loss_offsets[last] - packed.loss_offsets[first]
+        num_loss_tokens = all_reduce_sums({"loss_tokens": local})["loss_tokens"]
+        if num_loss_tokens == 0:
+            self.optimizer.skip()
+            totals.empty_steps += 1
+            return
+        device_sums: dict[str, Tensor] = {}
+        for micro in packed.micro_batches(packed.token_budget, first, last):
+            scored = logprobs_at_loss_tokens(model, micro, temperature=self.roles.temperature, entropy=True)
+            loss, sums = micro_batch_loss(scored, micro, batch, self.algorithm, num_loss_tokens)
+            torch.autograd.backward(loss)
+            for name, value in (sums | {"loss": loss.detach()}).items():
+                device_sums[name] = device_sums[name] + value if name in device_sums else value
+        grad_norm = self.optimizer.clip_gradients()
+        names = sorted(device_sums)
+        numbers = torch.stack([*(device_sums[name] for name in names), grad_norm.to(self.roles.device)]).tolist()
+        sums_here, norm = dict(zip(names, numbers[:-1], strict=True)), numbers[-1]
+        loss_is_finite, norm_is_finite = math.isfinite(sums_here["loss"]), math.isfinite(norm)
+        if loss_is_finite and norm_is_finite:
+            self.optimizer.step()
+            totals.add(all_reduce_sums(sums_here), num_loss_tokens, norm)
+        else:
+            self.optimizer.skip()
+            totals.nonfinite_losses += not loss_is_finite
+            totals.nonfinite_grad_norms += not norm_is_finite
+
+    def _values(self, batch: TrainBatch, totals: _Totals, learning_rate: float) -> dict[str, float]:
+        packed = batch.scored.packed
+        values = {
+            "learning_rate": learning_rate,
+            "dead_group_share": float(batch.dead_groups.double().mean()) if packed.num_groups else 0.0,
+            "tokens": float(packed.num_tokens),
+            "loss_tokens": float(packed.num_loss_tokens),
+            "update/optimizer_steps": float(len(totals.grad_norms)),
+            "update/nonfinite_losses": float(totals.nonfinite_losses),
+            "update/nonfinite_grad_norms": float(totals.nonfinite_grad_norms),
+            "update/empty_steps": float(totals.empty_steps),
+        }
+        values |= _advantage_statistics(batch.sequence_advantages[packed.trainable].double())
+        if not totals.grad_norms:  # nothing was learnt: means over no tokens are left out, not made up
+            return values
+        values |= {
+            "loss/policy": totals.mean("loss/policy"),
+            "entropy": totals.mean("entropy"),
+            "ratio/mean": totals.mean("ratio"),
+            "ratio/clipped_low_share": totals.mean("clipped_low"),
+            "ratio/clipped_high_share": totals.mean("clipped_high"),
+            "grad_norm": math.fsum(totals.grad_norms) / len(totals.grad_norms),
+        }
+        if "kl" in totals.sums:
+            values["kl/reference"] = totals.mean("kl")
+            values["loss/kl"] = self.algorithm.kl_coefficient * totals.mean("kl")
+        if self.algorithm.entropy_coefficient:
+            values["loss/entropy"] = -self.algorithm.entropy_coefficient * totals.mean("entropy")
+        if totals.sums["mismatch_tokens"]:
+            values["logprobs/rollout_mismatch"] = totals.sums["mismatch"] / totals.sums["mismatch_tokens"]
+        return values
+
+
+def _advantage_statistics(advantages: Tensor) -> dict[str, float]:
+    """Over the step's trainable trajectories; 0 where there are none."""
+    if advantages.numel() == 0:
+        return {"advantages/mean": 0.0, "advantages/std": 0.0, "advantages/max_abs": 0.0}
+    return {
+        "advantages/mean": float(advantages.mean()),
+        "advantages/std": float(advantages.std(correction=0)),
+        "advantages/max_abs": float(advantages.abs().max()),
+    }
