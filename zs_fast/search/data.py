@@ -28,6 +28,7 @@ from zs_fast.search.readers import (
     PARQUET_SUFFIXES,
     Row,
     bad_value,
+    excerpt,
     is_json_lines,
     is_parquet,
     parquet_schema,
@@ -74,13 +75,16 @@ def load_questions(spec: str) -> list[Question]:
     if not spec.strip() or "\0" in spec or spec.startswith("quickstart:"):
         raise DataError(f"data is {spec!r}, which names no data set. {ACCEPTED}")
     path = Path(spec).expanduser()
-    if path.is_file():
-        return _load_file(path)
     folder, split = hub.split_spec(spec)
-    if Path(folder).expanduser().is_dir():
-        return _load_table(hub.open_folder(Path(folder).expanduser(), split))
-    if path.exists():
-        raise DataError(f"{path}: is neither a file nor a folder. {ACCEPTED}")
+    try:
+        if path.is_file():
+            return _load_file(path)
+        if Path(folder).expanduser().is_dir():
+            return _load_table(hub.open_folder(Path(folder).expanduser(), split))
+        if path.exists():
+            raise DataError(f"{path}: is neither a file nor a folder. {ACCEPTED}")
+    except OSError as error:
+        raise DataError(f"{excerpt(spec)}: can't be read ({error.strerror or error}). {ACCEPTED}") from error
     if hub.is_hub_id(spec) and not _looks_like_file(spec):
         return _load_table(hub.open_hub(spec))
     raise DataError(f"{path}: there is no such file or folder{_nearest(path)}. {ACCEPTED}")
