@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def run_ops(*, quick: bool, run_tests_first: bool) -> dict[str, Any]:
     """Time every op, print the table, write the JSON file, and return its content.
 
-    quick: few rounds and small shapes, to see that everything runs; no file is written. Raises PreflightError for a red op.
+    quick: few rounds and small shapes, to see that everything runs, and no file. Raises PreflightError for a red op.
     """
     if run_tests_first:
         refuse_red(["tests/ops"])

@@ -6,6 +6,7 @@ The text under a field is its documentation: `zs-fast train --help` prints it.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -276,3 +277,11 @@ class RunConfig(Section):
                 f"game.max_context_tokens = {self.game.max_context_tokens}. Lower the first or raise the second."
             )
         return self
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write TOML that `load_recipe([path])` reads back equal. Fields at None are left out: TOML has no null."""
+    import tomli_w
+
+    values = json.loads(config.model_dump_json(exclude_none=True))
+    path.write_text(tomli_w.dumps(values), encoding="utf-8")

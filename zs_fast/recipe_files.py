@@ -1,4 +1,4 @@
-"""Recipes: TOML files and command-line overrides in, one validated RunConfig out, and back to TOML.
+"""Recipes: TOML files and command-line overrides in, one validated RunConfig out.
 
 Whatever is wrong is one ConfigError with one line per problem: the key, the value, where it came from, what is allowed
 and the nearest valid name. A recipe and a flag go through the same check, so both read the same.
@@ -17,7 +17,6 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import pydantic
-import tomli_w
 from pydantic.fields import FieldInfo
 
 from zs_fast.config import RunConfig, Section
@@ -49,12 +48,6 @@ def load_recipe(recipes: Sequence[str | Path], overrides: Overrides | None = Non
     if problems:
         raise ConfigError("\n".join(problems))
     return _validate(values, origins)
-
-
-def write_config(config: RunConfig, path: Path) -> None:
-    """Write TOML that `load_recipe([path])` reads back equal. Fields at None are left out: TOML has no null."""
-    values = json.loads(config.model_dump_json(exclude_none=True))
-    path.write_text(tomli_w.dumps(values), encoding="utf-8")
 
 
 def find_recipe(recipe: str | Path) -> Path:

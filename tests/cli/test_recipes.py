@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zs_fast import recipe_files
-from zs_fast.config import RunConfig
+from zs_fast.config import RunConfig, write_config
 from zs_fast.errors import ConfigError
-from zs_fast.recipe_files import allowed, fields, load_recipe, recipe_names, write_config
+from zs_fast.recipe_files import allowed, fields, load_recipe, recipe_names
 
 FIELDS = fields()
 
