@@ -278,8 +278,10 @@ def _answers(
 
 
 def _kind(value: object) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", bytes: "bytes"}
-    return names.get(type(value), "an object" if isinstance(value, Mapping) else type(value).__name__)
+    if isinstance(value, Mapping):
+        return "an object"
+    names = {str: "a string", list: "a list", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 def _dotted(field: FieldPath) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zs_fast.errors import DataError
-from zs_fast.search.readers import Row, bad_value, excerpt
+from zs_fast.search.readers import Row, bad_value, first_line
 
 HUB_TIMEOUT_S = 2.0
 BATCH_ROWS = 1024
@@ -53,7 +53,7 @@ def open_folder(folder: Path, split: str | None) -> Table:
     try:
         loaded = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder}: the folder is damaged ({excerpt(str(error))}). Save the data set again.") from error
+        raise DataError(f"{folder}: the folder is damaged ({first_line(error)}). Save the data set again.") from error
     return _table(str(folder), folder.name, _one_split(str(folder), loaded, split))
 
 
@@ -73,7 +73,7 @@ def open_hub(spec: str) -> Table:
     ) as error:  # a process boundary: the errors are those of whichever HTTP library the hub's client uses
         raise DataError(
             f"{spec}: there is no file or folder of this name here, and the Hugging Face hub gave no data set "
-            f"{match['id']} ({type(error).__name__}: {excerpt(str(error))}). Check the name and the "
+            f"{match['id']} ({type(error).__name__}: {first_line(error)}). Check the name and the "
             "network, or give a local file."
         ) from error
     return _table(spec, match["id"].split("/")[1], _one_split(spec, loaded, match["split"]))
@@ -100,6 +100,8 @@ def _one_split(label: str, loaded: Any, split: str | None) -> Any:
 
 
 def _table(label: str, name: str, dataset: Any) -> Table:
+    pa = importlib.import_module("pyarrow")  # which datasets can't be without
+
     def rows(columns: tuple[str, ...]) -> Iterator[Row]:
         number = 0
         try:
@@ -107,9 +109,9 @@ def _table(label: str, name: str, dataset: Any) -> Table:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"row {number}", row
-        except (OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
             where = f"row {number + 1} or one of the {BATCH_ROWS - 1} after it"
-            raise bad_value(label, where, ", ".join(columns), f"can't be read ({excerpt(str(error))})") from error
+            raise bad_value(label, where, ", ".join(columns), f"can't be read ({first_line(error)})") from error
 
     return Table(label=label, name=name, schema=dataset.data.schema, rows=rows)
 

@@ -12,6 +12,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -152,38 +153,37 @@ def _text(line: bytes) -> str:
     return line.decode("utf-8", "replace").strip()
 
 
+def parquet_schema(path: Path) -> Any:
+    """The Arrow schema of a parquet file. Raises DataError if the file isn't complete parquet."""
+    with _footer_errors(path), open_parquet(path) as file:
+        schema = file.schema_arrow
+        names = list(schema.names)
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise bad_value(path, "all rows", repeated, f"{names.count(repeated)} columns share this name; keep one")
+    return schema
+
+
 def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     """Rows of a parquet file, only the named top-level columns. Raises DataError naming row and column."""
     pa = _pyarrow()
     with open_parquet(path) as file:
-        _check_parquet_sizes(path, file.metadata, columns)
+        with _footer_errors(path):
+            _check_sizes(path, file.metadata, columns)
         number = 0
         try:
             for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=list(columns), use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"row {number}", row
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
             where = f"row {number + 1} or one of the {PARQUET_BATCH_ROWS - 1} after it"
-            raise bad_value(path, where, ", ".join(columns), f"can't be read ({_first_line(error)})") from error
-
-
-def parquet_schema(path: Path) -> Any:
-    """The Arrow schema of a parquet file. Raises DataError if the file isn't complete parquet."""
-    with open_parquet(path) as file:
-        schema = file.schema_arrow
-    repeated = sorted({name for name in schema.names if schema.names.count(name) > 1})
-    if repeated:
-        raise DataError(
-            f"{path}, all rows, field '{repeated[0]}': {schema.names.count(repeated[0])} columns share this name."
-        )
-    return schema
+            raise bad_value(path, where, ", ".join(columns), f"can't be read ({first_line(error)})") from error
 
 
 def open_parquet(path: Path) -> Any:
     """A `pyarrow.parquet.ParquetFile`; DataError where pyarrow finds no whole file."""
-    pa = _pyarrow()
-    parquet = importlib.import_module("pyarrow.parquet")
+    _pyarrow()
     try:
         with path.open("rb") as raw:
             head = raw.read(4)
@@ -194,39 +194,37 @@ def open_parquet(path: Path) -> Any:
             f"{path}: the file doesn't start as parquet does (first bytes {excerpt(head)}). If it is jsonl, rename it "
             "to end in .jsonl."
         )
+    with _footer_errors(path):
+        return importlib.import_module("pyarrow.parquet").ParquetFile(path, pre_buffer=False)
+
+
+@contextmanager
+def _footer_errors(path: Path) -> Iterator[None]:
+    """What pyarrow raises over a footer that was altered, as one DataError."""
     try:
-        return parquet.ParquetFile(path, pre_buffer=False)
-    except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
+        yield
+    except (_pyarrow().ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise DataError(
-            f"{path}: the parquet footer is missing or damaged ({_first_line(error)}). The file was cut short or "
+            f"{path}: the parquet footer is missing or damaged ({first_line(error)}). The file was cut short or "
             "altered; copy it again."
         ) from error
 
 
-def _check_parquet_sizes(path: Path, metadata: Any, columns: tuple[str, ...]) -> None:
+def _check_sizes(path: Path, metadata: Any, columns: tuple[str, ...]) -> None:
+    """DataError if the footer speaks of a column chunk too big to be questions, before any of it is decompressed."""
     row = 1
-    for group_index in range(metadata.num_row_groups):
-        group = metadata.row_group(group_index)
-        for column_index in range(group.num_columns):
-            chunk = group.column(column_index)
-            name = chunk.path_in_schema
-            size = chunk.total_uncompressed_size
-            if (
-                name.split(".")[0] in columns
-                and size > MAX_CHUNK_BYTES
-                and size > MAX_ROW_BYTES * max(group.num_rows, 1)
-            ):
-                raise bad_value(
-                    path,
-                    f"rows {row} to {row + group.num_rows - 1}",
-                    name,
-                    f"{size} bytes in {group.num_rows} rows; at most {MAX_ROW_BYTES} bytes per row on average are "
-                    "read. Remove the oversized value",
-                )
+    for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
+        limit = max(MAX_CHUNK_BYTES, MAX_ROW_BYTES * group.num_rows)
+        for chunk in (group.column(index) for index in range(group.num_columns)):
+            name, size = chunk.path_in_schema, chunk.total_uncompressed_size
+            if name.split(".")[0] in columns and size > limit:
+                where = f"rows {row} to {row + group.num_rows - 1}"
+                raise bad_value(path, where, name, f"{size} bytes; at most {limit} are read. Drop what is oversized")
         row += group.num_rows
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, short enough to quote."""
     return excerpt((str(error).splitlines() or [type(error).__name__])[0])
 
 
