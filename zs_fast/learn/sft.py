@@ -5,29 +5,24 @@ The loss is minus the sum of the loss tokens' log-probabilities, over the number
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from zs_fast.config import SftConfig
-from zs_fast.errors import DataError
+from zs_fast.config import RunConfig, SftConfig
+from zs_fast.errors import ConfigError, DataError
 from zs_fast.learn.optimizer import Optimizer, Schedule
 from zs_fast.learn.pack import TokenSequence, pack_tokens
 from zs_fast.learn.policy import logprobs_at_loss_tokens
-from zs_fast.models.load import LoadedModel
+from zs_fast.learn.sft_data import SftExample, encode_conversation, read_conversations
+from zs_fast.models.load import DTYPES, LoadedModel, load_model, resolve_device
 from zs_fast.system.seeds import seed_for
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SftExample:
-    """Token ids, and for each whether the model learns to write it. `SftExample(input_ids=(5, 6, 2), loss_mask=(False,
-    True, True))` has the prompt 5 and the completion 6, 2."""
-
-    input_ids: tuple[int, ...]
-    loss_mask: tuple[bool, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,3 +139,46 @@ def _order(count: int, seed: int) -> Iterator[int]:
         random.Random(seed_for(seed, step=epoch, purpose="sft_order")).shuffle(numbers)
         yield from numbers
         epoch += 1
+
+
+def sft_command(config: RunConfig) -> dict[str, Any]:
+    """`zs-fast sft`: fine-tune `model.path` on the examples in `data`; what it did, ready for JSON.
+
+    Writes `<output>/model` (a Hugging Face folder) and `<output>/metrics.jsonl`, and prints a line every so often.
+    """
+    output = config.output if config.output is not None else Path("runs") / config.name
+    folder = output / "model"
+    if folder.exists():
+        raise ConfigError(f"{folder} exists already. Choose another --output, or remove the folder.")
+    if config.data.startswith("quickstart:"):
+        raise DataError(f"data is {config.data!r}, which holds questions, not examples. Give --data FILE.jsonl.")
+    conversations = read_conversations(config.data)
+    model = load_model(config.model.path, dtype=DTYPES[config.model.dtype], device=resolve_device(config.model.device))
+    examples = [
+        encode_conversation(conversation, model.tokenizer, chat_template=config.model.chat_template)
+        for conversation in conversations
+    ]
+    skipped = sum(len(example.input_ids) > config.sft.max_tokens for example in examples) if config.sft.skip_long else 0
+    if skipped:
+        print(f"left out {skipped} of {len(examples)} examples longer than sft.max_tokens = {config.sft.max_tokens}")
+    output.mkdir(parents=True, exist_ok=True)
+    every = max(1, config.sft.steps // 20)
+    with (output / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
+
+        def on_step(step: SftStep) -> None:
+            numbers = {name: value if math.isfinite(value) else None for name, value in asdict(step).items()}
+            metrics.write(json.dumps(numbers) + "\n")
+            if step.step % every == 0 or step.step in (1, config.sft.steps):
+                print(f"step {step.step}/{config.sft.steps}  loss {step.loss:.4f}", flush=True)
+
+        losses = train_sft(model, examples, config.sft, seed=config.seed, on_step=on_step)
+    model.model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return {
+        "model": str(folder),
+        "examples": len(examples) - skipped,
+        "skipped_examples": skipped,
+        "steps": len(losses),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
