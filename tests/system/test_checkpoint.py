@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save as serialise
 
 from zs_fast.config import RunConfig
 from zs_fast.errors import CheckpointError, CheckpointUnusableError
