@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Case, Timing, measure, summarise, table, write_results
+from bench.harness import Case, measure, summarise, table, write_results
 from zs_fast.errors import PreflightError
 from zs_kernels import linear_logprobs
 from zs_kernels._device import native_status
@@ -30,17 +30,15 @@ def run_ops(*, quick: bool, run_tests_first: bool) -> dict[str, Any]:
     """
     if run_tests_first:
         refuse_red(["tests/ops"])
-    timings: list[Timing] = []
-    for case in (
-        gae_case(quick),
-        linear_logprobs_case(quick, gradient=False),
-        linear_logprobs_case(quick, gradient=True),
-    ):
-        timings += measure(case, rounds=5 if quick else 21)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    cases = [linear_logprobs_case(device, quick, gradient=gradient) for gradient in (False, True)]
+    if device == "cpu":  # gae has no CUDA path yet: there it would time its one-token-at-a-time reference
+        cases.insert(0, gae_case(quick))
+    timings = [timing for case in cases for timing in measure(case, rounds=5 if quick else 21)]
     print(table(timings))
     if not native_status().available:
         print(f"note: {native_status().reason}")
-    summary = summarise("ops", timings)
+    summary = summarise("ops", timings, device)
     if not quick:
         print(f"written to {write_results(summary).relative_to(ROOT)}")
     return summary
@@ -92,14 +90,14 @@ def padded_gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, l
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
-def linear_logprobs_case(quick: bool, *, gradient: bool) -> Case:
+def linear_logprobs_case(device: str, quick: bool, *, gradient: bool) -> Case:
     """Log-probabilities of sampled tokens from hidden states: the op at loss tokens, the naive way at all."""
     N, H, V = (64, 64, 2048) if quick else (512, 576, 49_152)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(N, H, generator=generator).requires_grad_(gradient)
-    weight = (torch.randn(V, H, generator=generator) / H**0.5).requires_grad_(gradient)
-    index = torch.randint(V, (N,), generator=generator)
-    mask = torch.rand(N, generator=generator) < 0.5
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(N, H, generator=generator, device=device).requires_grad_(gradient)
+    weight = (torch.randn(V, H, generator=generator, device=device) / H**0.5).requires_grad_(gradient)
+    index = torch.randint(V, (N,), generator=generator, device=device)
+    mask = torch.rand(N, generator=generator, device=device) < 0.5
 
     def finish(logprobs: Tensor) -> Tensor:
         chosen = logprobs.masked_fill(~mask, 0.0)
@@ -113,4 +111,4 @@ def linear_logprobs_case(quick: bool, *, gradient: bool) -> Case:
 
     torch.testing.assert_close(ours(), naive(), rtol=1e-3, atol=1e-4)
     name = "logprobs fwd+bwd" if gradient else "logprobs fwd"
-    return Case(name, f"{N}x{H}x{V} fp32, 50%", {"naive, all tokens": naive, "linear_logprobs": ours})
+    return Case(name, f"{N}x{H}x{V} fp32, 50%", {"naive, all tokens": naive, "linear_logprobs": ours}, device)
