@@ -158,10 +158,14 @@ class Player:
             raise EngineError(f"collect({num_groups}) of {len(self._groups)} submitted groups: submit more questions.")
         last_progress = time.monotonic()
         while any(group.num_unfinished for group in self._groups[:num_groups]):
+            started = time.monotonic()
             if self._play_on():
                 last_progress = time.monotonic()
-            else:
-                self._check_alive(time.monotonic() - last_progress)
+                continue
+            self._check_alive(time.monotonic() - last_progress)
+            # A round without work of our own ends at once: others (a server, a search backend) are waited for.
+            if time.monotonic() - started < IDLE_SLEEP_S:
+                time.sleep(IDLE_SLEEP_S)
         finished, self._groups = self._groups[:num_groups], self._groups[num_groups:]
         groups = [_finished(group) for group in finished]
         self._check_failures(groups)
@@ -264,7 +268,7 @@ class Player:
         )
 
     def _check_alive(self, idle_s: float) -> None:
-        """Nothing came out of a round: is anything under way? Sleeps a little where only a search backend works."""
+        """Nothing came out of a round: raise unless something is under way for every unfinished trajectory."""
         in_engines = sum(engine.num_unfinished for engine in self._engines)
         if in_engines:
             return
@@ -279,7 +283,6 @@ class Player:
                 f"{searching} searches gave no result for {idle_s:.0f} s (limit {STALL_TIMEOUT_S:.0f} s) and no engine "
                 "works on them. The search backend lost them, or has no timeout of its own."
             )
-        time.sleep(IDLE_SLEEP_S)
 
     def _check_failures(self, groups: Sequence[Group]) -> None:
         results = [turn.search for group in groups for t in group.trajectories for turn in t.turns if turn.search]
