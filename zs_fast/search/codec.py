@@ -212,17 +212,18 @@ def _without_added_tokens(full: Tokenizer, strings: set[str]) -> Tokenizer:
     spec["pre_tokenizer"] = _without_prefix(spec["pre_tokenizer"])
     model = spec["model"]
     kind = model["type"]
-    unknown = model.get("unk_token")
+
+    def out_of_reach(piece: str, index: int) -> str:
+        # U+FFFF is no character: honest text never holds it, and `encode_untrusted` drops the id if a hostile one does.
+        return f"\uffff{index}\uffff" if piece in strings else piece
+
     if kind == "Unigram":
-        # Ids are places in the list, so a piece can't be taken out; U+FFFF is no character, so it never matches.
-        model["vocab"] = [
-            [f"\uffff{index}\uffff" if piece in strings and index != model.get("unk_id") else piece, value]
-            for index, (piece, value) in enumerate(model["vocab"])
-        ]
+        model["vocab"] = [[out_of_reach(piece, index), value] for index, (piece, value) in enumerate(model["vocab"])]
     else:
-        model["vocab"] = {
-            piece: index for piece, index in model["vocab"].items() if piece not in strings or piece == unknown
-        }
+        unknown = model.get("unk_token")
+        if unknown in model["vocab"]:
+            model["unk_token"] = out_of_reach(unknown, model["vocab"][unknown])
+        model["vocab"] = {out_of_reach(piece, index): index for piece, index in model["vocab"].items()}
     if kind == "BPE":
         model["merges"] = [pair for pair in map(_pair, model["merges"]) if not _touches(pair, strings)]
     return Tokenizer.from_str(json.dumps(spec))
