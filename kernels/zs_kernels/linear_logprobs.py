@@ -23,8 +23,10 @@ from torch.autograd.function import once_differentiable
 from zs_kernels._check import require, require_floating, require_index, require_mask, require_positive
 from zs_kernels.token_logprobs import TokenLogprobs, token_logprobs
 
-DEFAULT_WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-"""One chunk's logits: on a CPU small enough to keep row sweeps near the caches, on a GPU large enough for the GEMMs."""
+CPU_CHUNK_ROWS = 256
+"""A CPU runs chunks of 128 to 256 rows fastest: enough rows for the matrix products, few enough to stay in the caches."""
+DEFAULT_WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+"""Most memory of one chunk, unless the caller says otherwise."""
 
 
 def linear_logprobs_reference(
@@ -173,6 +175,16 @@ def _grad_logits(
     return grad
 
 
+def _chunk_rows(hidden: Tensor, vocabulary: int, workspace_bytes: int | None) -> int:
+    """Rows of a chunk whose logits, with two temporaries of their size, fit in the workspace."""
+    row_bytes = 3 * vocabulary * torch.finfo(_statistics_dtype(hidden.dtype)).bits // 8
+    if workspace_bytes is not None:
+        return max(1, workspace_bytes // row_bytes)
+    kind = hidden.device.type
+    rows = max(1, DEFAULT_WORKSPACE_BYTES.get(kind, DEFAULT_WORKSPACE_BYTES["cuda"]) // row_bytes)
+    return min(rows, CPU_CHUNK_ROWS) if kind == "cpu" else rows
+
+
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -212,9 +224,8 @@ def linear_logprobs(
     require_positive(op, "temperature", temperature, (rows,))
     if softcap is not None:
         require_positive(op, "softcap", softcap)
-    if workspace_bytes is None:
-        workspace_bytes = DEFAULT_WORKSPACE_BYTES.get(hidden.device.type, DEFAULT_WORKSPACE_BYTES["cuda"])
-    require_positive(op, "workspace_bytes", workspace_bytes)
+    if workspace_bytes is not None:
+        require_positive(op, "workspace_bytes", workspace_bytes)
 
     index = index.long()
     scale = temperature.reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
@@ -226,8 +237,7 @@ def linear_logprobs(
     if exact:
         dtype = _statistics_dtype(hidden.dtype)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    row_bytes = 3 * vocabulary * torch.finfo(_statistics_dtype(hidden.dtype)).bits // 8
-    chunk_rows = max(1, workspace_bytes // row_bytes)
+    chunk_rows = _chunk_rows(hidden, vocabulary, workspace_bytes)
     arguments = (hidden, weight, bias, index, scale, softcap, entropy, chunk_rows)
     logprobs, entropies = _LinearLogprobs.apply(*arguments)  # type: ignore[no-untyped-call]
     if chosen_rows is not None:
