@@ -38,6 +38,7 @@ class CMakeBuild(build_ext):
     """Configures and builds once, then hands each extension the file that CMake made for it."""
 
     def run(self) -> None:
+        self.built: set[str] = set()
         self.products = Path(self.build_temp).resolve() / "products"
         shutil.rmtree(self.products, ignore_errors=True)
         try:
@@ -82,6 +83,16 @@ class CMakeBuild(build_ext):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(made, target)
+        self.built.add(ext.name)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        build_py = self.get_finalized_command("build_py")
+        for ext in self.extensions:
+            if ext.name not in self.built:
+                package, _, stem = ext.name.rpartition(".")
+                # What an earlier build left beside the sources was made from other sources.
+                (Path(build_py.get_package_dir(package)) / self.get_ext_filename(stem)).unlink(missing_ok=True)
 
     def get_ext_filename(self, fullname: str) -> str:
         name: str = super().get_ext_filename(fullname)
@@ -102,7 +113,7 @@ def reason(error: OSError | subprocess.CalledProcessError) -> str:
     output = (error.stdout or "").strip()
     if os.environ.get("ZS_REQUIRE_EXT") == "1":
         print(output, file=sys.stderr)
-    if "CMAKE_CXX_COMPILER" in output:
+    if "CMAKE_CXX_COMPILER" in output or "CMakeTestCXXCompiler" in output:
         return "no working C++ compiler"
     lines = [line.strip() for line in output.splitlines() if "rror" in line]
     return lines[0] if lines else f"cmake exited with {error.returncode}"
