@@ -189,12 +189,18 @@ class _Run:
             self.evaluations.setdefault(name, {})[when] = _jsonable(evaluation)
 
     def _rates(self, groups: Sequence[Group], timings: dict[str, float]) -> dict[str, float]:
-        """Tokens per second of each phase; the simulator's are those it wrote during the rollout."""
+        """Seconds of the step, and tokens per second: of all tokens, and of what each phase worked on.
+
+        The simulator's are the tokens it wrote during the rollout.
+        """
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         written = sum(trajectory.num_action_tokens for trajectory in trajectories)
         total = sum(trajectory.num_tokens for trajectory in trajectories)
         simulated = sum(turn.search.num_generated_tokens for t in trajectories for turn in t.turns if turn.search)
+        seconds = sum(timings[f"{phase}/seconds"] for phase in Phase)
         rates = {
+            "seconds": seconds,
+            "tokens_per_second": total / max(seconds, 1e-9),
             "rollout/tokens_per_second": written / max(timings["rollout/seconds"], 1e-9),
             "simulator/tokens_per_second": simulated / max(timings["rollout/seconds"], 1e-9),
             "update/tokens_per_second": total / max(timings["update/seconds"], 1e-9),
