@@ -1,4 +1,4 @@
-"""The compiled parts are optional: without a compiler the build says one line and succeeds; asked to insist, it fails."""
+"""The compiled parts are optional: without a compiler the build says one line and succeeds, unless asked to insist."""
 
 from __future__ import annotations
 
