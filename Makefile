@@ -1,8 +1,10 @@
 # A handful of commands. `make quickstart` and `make test` set everything up on their first call.
 #   make test TORCH=torch==2.14.1 PYTHON=python3.12 VENV=/some/venv      override what setup installs, and where
 SHELL := /bin/bash
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+endif
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 JOBS ?= 2
