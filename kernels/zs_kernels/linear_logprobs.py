@@ -24,7 +24,7 @@ from zs_kernels._check import require, require_floating, require_index, require_
 from zs_kernels.token_logprobs import TokenLogprobs, token_logprobs
 
 CPU_CHUNK_ROWS = 256
-"""A CPU runs chunks of 128 to 256 rows fastest: enough rows for the matrix products, few enough to stay in the caches."""
+"""A CPU runs chunks of 128 to 256 rows fastest: enough for the matrix products, few enough to stay in the caches."""
 DEFAULT_WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 """Most memory of one chunk, unless the caller says otherwise."""
 
