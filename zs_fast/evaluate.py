@@ -1,12 +1,24 @@
-"""Judge a policy: the same play as in training, every question, greedy unless told otherwise, with confidence intervals."""
+"""Judge a policy: the same play as in training, every question, greedy unless told otherwise, with intervals."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from zs_fast.config import RunConfig, write_config
+from zs_fast.errors import ConfigError
+from zs_fast.models.load import DTYPES, load_model, resolve_device
 from zs_fast.rollout.play import Player
+from zs_fast.search.data import QuestionOrder, load_questions
+from zs_fast.setup import build_arena
+from zs_fast.system.environment import write_environment
+from zs_fast.system.files import FileOperations, replace_file
+from zs_fast.system.lock import check_writable, run_lock
+from zs_fast.system.metrics import rollout_row
 from zs_fast.types import Question, Trajectory
 
 BOOTSTRAP_SAMPLES = 1000
@@ -34,6 +46,56 @@ class Evaluation:
         return {f"{prefix}/{name}": float(value) for name, value in values.items()} | {
             f"{prefix}/f1/{source}": value for source, value in by_source.items()
         }
+
+
+def evaluate_run(config: RunConfig) -> dict[str, Any]:
+    """Evaluate the policy `model.path` against each search of `eval.search`; what `zs-fast eval` does.
+
+    Returns the summary and writes it to `<output>/evaluation.json`, with every trajectory beside it in
+    `trajectories_<search>.jsonl`. The default output is runs/<name>_eval.
+    """
+    if not config.eval.data:
+        raise ConfigError(
+            "eval.data is empty, so there are no questions to judge by. Give a file: --eval.data FILE, or "
+            "--eval.data quickstart:heldout."
+        )
+    output = config.output or Path("runs") / f"{config.name}_eval"
+    questions = evaluation_questions(config)
+    device = resolve_device(config.model.device)
+    check_writable(output)
+    with run_lock(output):
+        policy = load_model(config.model.path, dtype=DTYPES[config.model.dtype], device=device)
+        arena = build_arena(config, policy, device=device, training=False)
+        results: dict[str, Any] = {}
+        try:
+            for name, player in arena.evaluation_players.items():
+                evaluation, trajectories = evaluate(player, questions, step=0)
+                results[name] = asdict(evaluation)
+                rows = (json.dumps(rollout_row(0, t, arena.codec.decode), allow_nan=False) for t in trajectories)
+                path = output / f"trajectories_{name}.jsonl"
+                replace_file(FileOperations(), path, "".join(f"{row}\n" for row in rows).encode())
+        finally:
+            arena.close()
+        summary = {
+            "model": config.model.path,
+            "data": config.eval.data,
+            "temperature": config.eval.temperature,
+            "seed": config.seed,
+            "results": results,
+        }
+        replace_file(FileOperations(), output / "evaluation.json", json.dumps(summary, indent=2).encode() + b"\n")
+        write_config(config, output / "config.toml")
+        write_environment(output, device)
+    return summary
+
+
+def evaluation_questions(config: RunConfig) -> list[Question]:
+    """The questions of `eval.data`: the first `eval.questions` in seeded order, all when that is 0."""
+    if not config.eval.data:
+        return []
+    questions = load_questions(config.eval.data)
+    count = config.eval.questions or len(questions)
+    return QuestionOrder(questions, config.seed).batch(0, min(count, len(questions)))
 
 
 def evaluate(player: Player, questions: Sequence[Question], *, step: int) -> tuple[Evaluation, list[Trajectory]]:

@@ -1,8 +1,8 @@
 """Train a policy to search: set-up, then the loop, top to bottom.
 
-A step plays `train.questions_per_step` questions `train.group_size` times against the search backend, turns rewards into
-advantages, and takes one or more optimizer steps. Everything is built once in `_Run`; nothing in the loop asks which
-backend it has.
+A step plays `train.questions_per_step` questions `train.group_size` times against the search backend, turns rewards
+into advantages, and takes one or more optimizer steps. Everything is built once in `_Run`; nothing in the loop asks
+which backend it has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from zs_fast.config import RunConfig, write_config
 from zs_fast.errors import ConfigError
-from zs_fast.evaluate import Evaluation, evaluate
+from zs_fast.evaluate import Evaluation, evaluate, evaluation_questions
 from zs_fast.learn.algorithms import credit
 from zs_fast.learn.pack import pack
 from zs_fast.learn.roles import Roles, score
@@ -83,13 +83,13 @@ class _Run:
         self.started = time.perf_counter()
         # Data first: a bad file must not wait for models to load.
         self.order = QuestionOrder(load_questions(config.data), config.seed)
-        self.eval_questions = _eval_questions(config)
+        self.eval_questions = evaluation_questions(config)
         device = resolve_device(config.model.device)
         self.policy = load_model(config.model.path, dtype=DTYPES[config.model.dtype], device=device)
         reference = self._reference(device)
         if checkpoint:
             self._load_policy_weights(checkpoint)
-        self.arena = build_arena(config, self.policy, device=device)
+        self.arena = build_arena(config, self.policy, device=device, base=reference)
         stack.callback(self.arena.close)
         self.roles = Roles(policy=self.policy, reference=reference, temperature=config.sampling.temperature)
         self.updater = Updater(self.roles, config.train, config.algorithm, total_steps=config.train.steps)
@@ -149,7 +149,8 @@ class _Run:
         return load_model(self.config.model.path, dtype=DTYPES[self.config.model.dtype], device=device)
 
     def _load_policy_weights(self, checkpoint: Checkpoint) -> None:
-        saved = load_model(str(checkpoint.model_path), dtype=DTYPES[self.config.model.dtype], device=self.policy.model.device)
+        dtype = DTYPES[self.config.model.dtype]
+        saved = load_model(checkpoint.model_path, dtype=dtype, device=self.policy.model.device)
         self.policy.model.load_state_dict(saved.model.state_dict())
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -231,14 +232,6 @@ def play(player: Player, questions: Sequence[Question], *, step: int, noise: flo
     for question in questions:
         player.submit(question, step=step, noise_probability=noise)
     return player.collect(len(questions))
-
-
-def _eval_questions(config: RunConfig) -> list[Question]:
-    if not config.eval.data:
-        return []
-    questions = load_questions(config.eval.data)
-    count = config.eval.questions or len(questions)
-    return QuestionOrder(questions, config.seed).batch(0, min(count, len(questions)))
 
 
 def _summary_key(name: str, when: str) -> str:

@@ -1,1 +1,1 @@
-"""The embedded default: a small invented world, its questions and passages, and two tiny models that know none of it."""
+"""The embedded default: a small invented world, its questions and passages, and two tiny models."""

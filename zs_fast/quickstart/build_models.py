@@ -25,10 +25,18 @@ from zs_fast.search.codec import Codec
 
 FOLDER = Path(__file__).parent
 BETAS = (0.9, 0.98)
-COPY = SftConfig(steps=400, batch_size=64, learning_rate=3e-3, warmup_steps=50, final_learning_rate_fraction=1.0, betas=BETAS)
-BASE = SftConfig(steps=1600, batch_size=16, learning_rate=2e-3, warmup_steps=50, final_learning_rate_fraction=0.1, betas=BETAS)
-POLICY = SftConfig(steps=250, batch_size=32, learning_rate=4e-4, warmup_steps=20, final_learning_rate_fraction=0.1, betas=BETAS)
-SIMULATOR = SftConfig(steps=500, batch_size=32, learning_rate=8e-4, warmup_steps=20, final_learning_rate_fraction=0.1, betas=BETAS)
+COPY = SftConfig(
+    steps=350, batch_size=64, learning_rate=3e-3, warmup_steps=50, final_learning_rate_fraction=1.0, betas=BETAS
+)
+BASE = SftConfig(
+    steps=1600, batch_size=16, learning_rate=2e-3, warmup_steps=50, final_learning_rate_fraction=0.1, betas=BETAS
+)
+POLICY = SftConfig(
+    steps=250, batch_size=32, learning_rate=4e-4, warmup_steps=20, final_learning_rate_fraction=0.1, betas=BETAS
+)
+SIMULATOR = SftConfig(
+    steps=500, batch_size=32, learning_rate=8e-4, warmup_steps=20, final_learning_rate_fraction=0.1, betas=BETAS
+)
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LoadedModel:
@@ -57,9 +65,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LoadedModel:
 def look_back(model: Qwen2ForCausalLM, offsets: Sequence[int], strength: float = 5.0) -> None:
     """Set the first layer's query and key biases so that head i attends `offsets[i]` tokens back.
 
-    With rotary positions, a constant query q and key k score Re(q conj(k) e^{i theta (m - n)}) at distance m - n; turning
-    q by -offset * theta puts the peak at `offset`. Copying needs such a head, and a model this small takes thousands of
-    steps to find it by itself; with it, copying is learned in a few hundred.
+    With rotary positions, a constant query q and key k score Re(q conj(k) e^{i theta (m - n)}) at distance m - n;
+    turning q by -offset * theta puts the peak at `offset`. Copying needs such a head, and a model this small takes
+    thousands of steps to find it by itself; with it, copying is learned in a few hundred.
     """
     config = model.config
     half = config.hidden_size // config.num_attention_heads // 2
@@ -76,10 +84,12 @@ def look_back(model: Qwen2ForCausalLM, offsets: Sequence[int], strength: float =
 def copy_example(draws: random.Random, vocabulary_size: int) -> SftExample:
     """Random tokens, then the same again; the second time is to be predicted."""
     tokens = [draws.randrange(vocabulary_size) for _ in range(draws.randint(4, 24))]
-    return SftExample(input_ids=(*tokens, *tokens), loss_mask=(False,) * (len(tokens) + 1) + (True,) * (len(tokens) - 1))
+    return SftExample(
+        input_ids=(*tokens, *tokens), loss_mask=(False,) * (len(tokens) + 1) + (True,) * (len(tokens) - 1)
+    )
 
 
-def policy_example(draws: random.Random, codec: Codec, *, only_full: bool) -> SftExample:
+def policy_example(draws: random.Random, codec: Codec, end: int, *, only_full: bool) -> SftExample:
     demonstration = policy_demonstration(draws, only_full=only_full)
     ids = codec.encode_prompt(demonstration.prompt)
     mask = [False] * len(ids)
@@ -87,24 +97,20 @@ def policy_example(draws: random.Random, codec: Codec, *, only_full: bool) -> Sf
         segment = codec.encode_untrusted(text)
         ids += segment
         mask += [by_policy] * len(segment)
-    return _ended(ids, mask, codec)
-
-
-def simulator_example(draws: random.Random, codec: Codec) -> SftExample:
-    pair = labelled_search(draws)
-    prompt, documents = codec.encode_prompt(pair.prompt), codec.encode_untrusted(pair.documents)
-    return _ended(prompt + documents, [False] * len(prompt) + [True] * len(documents), codec)
-
-
-def _ended(ids: list[int], mask: list[bool], codec: Codec) -> SftExample:
-    (end,) = codec.eos_ids
     return SftExample(input_ids=(*ids, end), loss_mask=(*mask, True))
 
 
-def base_example(draws: random.Random, codec: Codec) -> SftExample:
+def simulator_example(draws: random.Random, codec: Codec, end: int) -> SftExample:
+    pair = labelled_search(draws)
+    prompt, documents = codec.encode_prompt(pair.prompt), codec.encode_untrusted(pair.documents)
+    mask = (False,) * len(prompt) + (True,) * (len(documents) + 1)
+    return SftExample(input_ids=(*prompt, *documents, end), loss_mask=mask)
+
+
+def base_example(draws: random.Random, codec: Codec, end: int) -> SftExample:
     if draws.random() < 0.4:
-        return simulator_example(draws, codec)
-    return policy_example(draws, codec, only_full=True)
+        return simulator_example(draws, codec, end)
+    return policy_example(draws, codec, end, only_full=True)
 
 
 def fine_tune(model: LoadedModel, name: str, config: SftConfig, make: Callable[[random.Random], SftExample]) -> None:
@@ -132,25 +138,27 @@ def save(model: LoadedModel, folder: Path, dtype: torch.dtype = torch.bfloat16) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, default=Path("build/quickstart_base"), help="where the base model lies")
-    parser.add_argument("--only", choices=("base", "policy", "simulator"), help="build one; policy and simulator need the base")
+    parser.add_argument(
+        "--only", choices=("base", "policy", "simulator"), help="build one; policy and simulator need the base"
+    )
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder that gets policy/ and simulator/")
     arguments = parser.parse_args()
     if arguments.only in (None, "base"):
         base = new_model(build_tokenizer())
-        codec = Codec(base.tokenizer, chat_template=True)
+        codec, end = Codec(base.tokenizer, chat_template=True), base.tokenizer.eos_token_id
         fine_tune(base, "copy", COPY, lambda draws: copy_example(draws, codec.vocab_size))
-        fine_tune(base, "base", BASE, lambda draws: base_example(draws, codec))
+        fine_tune(base, "base", BASE, lambda draws: base_example(draws, codec, end))
         save(base, arguments.base, torch.float32)
-    for name, config in (("policy", POLICY), ("simulator", SIMULATOR)):
-        if arguments.only in (None, name):
-            model = load_model(arguments.base)
-            codec = Codec(model.tokenizer, chat_template=True)
-            make = {
-                "policy": lambda draws, codec=codec: policy_example(draws, codec, only_full=False),
-                "simulator": lambda draws, codec=codec: simulator_example(draws, codec),
-            }[name]
-            fine_tune(model, name, config, make)
-            save(model, arguments.output / name)
+    if arguments.only in (None, "policy"):
+        policy = load_model(arguments.base)
+        codec, end = Codec(policy.tokenizer, chat_template=True), policy.tokenizer.eos_token_id
+        fine_tune(policy, "policy", POLICY, lambda draws: policy_example(draws, codec, end, only_full=False))
+        save(policy, arguments.output / "policy")
+    if arguments.only in (None, "simulator"):
+        simulator = load_model(arguments.base)
+        codec, end = Codec(simulator.tokenizer, chat_template=True), simulator.tokenizer.eos_token_id
+        fine_tune(simulator, "simulator", SIMULATOR, lambda draws: simulator_example(draws, codec, end))
+        save(simulator, arguments.output / "simulator")
 
 
 if __name__ == "__main__":

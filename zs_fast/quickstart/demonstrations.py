@@ -1,8 +1,9 @@
-"""What the two tiny models are fine-tuned on: played searches for the policy, labelled query-document pairs for the simulator.
+"""What the two tiny models are fine-tuned on: played searches for the policy, query-document pairs for the simulator.
 
 Every example comes from a fresh throw-away world, so neither model can learn a fact of the world that is trained and
-tested on; they learn to read, to copy and to ask. The policy's demonstrations are mostly bad play on purpose (it guesses,
-stops after one hop, copies from the wrong document): what to do more often is for reinforcement learning to find out.
+tested on; they learn to read, to copy and to ask. The policy's demonstrations are mostly bad play on purpose (it
+guesses, stops after one hop, copies from the wrong document): what to do more often is for reinforcement learning to
+find out.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def demonstrate(
 
 
 def policy_demonstration(draws: random.Random, *, only_full: bool = False) -> Demonstration:
-    """A demonstration in a fresh world, half of them two-hop; its behaviour drawn from BEHAVIOURS unless `only_full`."""
+    """Play in a fresh world, half of it two-hop; its behaviour is drawn from BEHAVIOURS unless `only_full`."""
     world = fresh_world(draws)
     question = draw_question(world, draws, two_hop=draws.random() < 0.5)
     behaviour = "full" if only_full else draws.choices(list(BEHAVIOURS), list(BEHAVIOURS.values()))[0]

@@ -1,4 +1,4 @@
-"""The quickstart models' tokenizer: a byte-level BPE over the world's sentences, with chat tokens and a chat template."""
+"""The quickstart models' tokenizer: a byte-level BPE over the world's sentences, with a chat template."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import random
 from dataclasses import dataclass
 from functools import cache
 
-_CONSONANTS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "gl", "kr", "pl", "st", "tr")
+_CONSONANTS = (*"bdfgklmnprstvz", "br", "dr", "gl", "kr", "pl", "st", "tr")
 _VOWELS = ("a", "e", "i", "o", "u")
 _ENDINGS = {
     "first": ("a", "o", "is", "en", "i"),
@@ -26,7 +26,8 @@ _ENDINGS = {
 _POOL_SIZES = {"first": 64, "family": 96, "town": 72, "company": 64, "book": 64}
 TOWN_ENDINGS = ("Bay", "Bridge", "Falls", "Hill", "Hollow", "Lake", "Mills", "Point", "Ridge", "Vale", "Wells", "Wood")
 COMPANY_ENDINGS = ("Works", "Motors", "Foods", "Labs", "Press", "Mining", "Glass", "Steel", "Textiles", "Radio")
-BOOK_NOUNS = ("Garden", "Lantern", "Mirror", "River", "Winter", "Harbor", "Clock", "Island", "Orchard", "Letter", "Tower", "Road")
+BOOK_NOUNS = ("Garden", "Lantern", "Mirror", "River", "Winter", "Harbor", "Clock", "Island", "Orchard", "Letter")
+BOOK_NOUNS += ("Tower", "Road")
 
 
 @cache
@@ -47,7 +48,7 @@ def name_pool(kind: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """One kind of fact. `ask` templates turn a subject into a question, `query` into a search, `state` into a sentence."""
+    """One kind of fact. `ask` turns a subject into a question, `query` into a search, `state` into a sentence."""
 
     name: str
     subject: str
@@ -70,13 +71,14 @@ RELATIONS: tuple[Relation, ...] = (
              "{s} was written by {v}.", "the author of {s}"),
     Relation("mayor", "town", "person", ("who is the mayor of {s}?", "who is mayor in {s}?"), "mayor of {s}",
              "The mayor of {s} is {v}.", "the mayor of {s}"),
-    Relation("birthplace", "person", "town", ("where was {s} born?", "in which town was {s} born?"), "birthplace of {s}",
-             "{s} was born in {v}.", "the town where {s} was born"),
+    Relation("birthplace", "person", "town", ("where was {s} born?", "in which town was {s} born?"),
+             "birthplace of {s}", "{s} was born in {v}.", "the town where {s} was born"),
     Relation("spouse", "person", "person", ("who is married to {s}?", "who is the spouse of {s}?"), "spouse of {s}",
              "{s} is married to {v}.", "the spouse of {s}"),
 )  # fmt: skip
 RELATION = {relation.name: relation for relation in RELATIONS}
-RELATIONS_OF = {kind: tuple(r for r in RELATIONS if r.subject == kind) for kind in ("person", "town", "company", "book")}
+KINDS = ("person", "town", "company", "book")
+RELATIONS_OF = {kind: tuple(r for r in RELATIONS if r.subject == kind) for kind in KINDS}
 _FILLERS = {
     "company": ("It is an old company.", "It is a young company.", "It is known abroad."),
     "book": ("It is a novel.", "It is a book of poems.", "It was printed twice."),

@@ -36,7 +36,7 @@ def load_passages(spec: str) -> list[str]:
                 if line.strip():
                     passages.append(_passage(line, f"{path}, line {number}"))
     except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"corpus file {path} can't be read: {error}. It must be UTF-8 jsonl, or that gzipped.") from error
+        raise DataError(f"corpus file {path} can't be read as UTF-8 jsonl(.gz): {error}") from error
     if not passages:
         raise DataError(f"corpus file {path} holds no passages.")
     return passages
@@ -83,7 +83,7 @@ class Bm25Search:
         raise AssertionError(f"BM25 asks no model, yet a completion of role {completion.role} came back")
 
     def poll(self) -> list[SearchResult]:
-        """The top passages of every waiting query, best first. A query without a known word finds the first passages."""
+        """The top passages of every waiting query, best first; the first passages for a query without words."""
         requests, self._waiting = self._waiting, []
         return [self._search(request) for request in requests]
 
