@@ -92,9 +92,11 @@ def _curves(series: Mapping[str, Series], title_prefix: str) -> list[CurveGroup]
 
 
 def _summary(path: Path) -> list[tuple[str, str]]:
+    """The plain values of summary.json; what is nested there is in the metrics too."""
     text = _text(path)
     content = json.loads(text) if text else {}
-    return [(str(key), f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in content.items()]
+    plain = [(key, value) for key, value in content.items() if not isinstance(value, (dict, list))]
+    return [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in plain]
 
 
 def _text(path: Path) -> str:

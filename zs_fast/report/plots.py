@@ -88,8 +88,7 @@ def panels_png(series: Mapping[str, Series], *, columns: int = 4) -> bytes:
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for axes, (name, (steps, values)) in zip(grid, series.items(), strict=False):
         axes.plot(steps, values, color=BLUE, linewidth=1.2, marker="." if len(steps) <= 30 else None)
-        # Names hold text from data files; `$` would start a formula.
-        axes.set_title(name, fontsize=9, loc="left", parse_math=False)
+        axes.set_title(_drawable(name), fontsize=9, loc="left", parse_math=False)
         axes.tick_params(labelsize=7)
         if name.endswith("_share") or name.startswith("stop/"):
             axes.set_ylim(-0.03, 1.03)
@@ -106,6 +105,12 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
         recent = [value for value in values[max(0, end - window) : end] if not math.isnan(value)]
         means.append(math.fsum(recent) / len(recent) if recent else math.nan)
     return means
+
+
+def _drawable(name: str, most: int = 48) -> str:
+    """A metric's name holds text from data files, such as a source; fonts know no control characters or surrogates."""
+    shown = "".join(character if character.isprintable() else "?" for character in name)
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
 def _tidy(axes: Axes) -> None:

@@ -19,10 +19,10 @@ COLUMNS = (
     ("f1", "reward/f1", "{:.3f}"),
     ("searches", "trajectory/searches", "{:.2f}"),
     ("noise", "curriculum/noise_probability", "{:.2f}"),
-    ("tokens/s", "tokens_per_second", "{:,.0f}"),
+    ("tokens/s", "rollout/tokens_per_second", "{:,.0f}"),
     ("seconds", "seconds", "{:.1f}"),
 )
-"""(title, name among metrics and timings, format) of what is shown of each step."""
+"""(title, name among metrics and timings, format) of what is shown of each step. `seconds` is that of all phases."""
 
 
 class Screen(Protocol):
@@ -124,5 +124,6 @@ class LiveScreen:
 
 
 def _cells(metrics: Mapping[str, float], timings: Mapping[str, float]) -> list[str]:
-    values = {**timings, **metrics}
+    phases = [float(value) for name, value in timings.items() if name.endswith("/seconds")]
+    values = ({"seconds": sum(phases)} if phases else {}) | {**timings, **metrics}
     return [form.format(float(values[name])) if name in values else "-" for _, name, form in COLUMNS]

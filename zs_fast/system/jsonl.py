@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises CheckpointUnusableError naming file and line when another line is not a JSON object.
     """
-    for _, row in _rows_with_ends(Path(path)):
+    for _, row in _lines_with_rows(Path(path)):
         yield row
 
 
@@ -48,7 +49,7 @@ def cut_back(path: Path, step: int, *, files: FileOperations | None = None) -> i
     if not path.exists():
         return 0
     kept = []
-    for line, row in _rows_with_ends(path):
+    for line, row in _lines_with_rows(path):
         if not isinstance(row.get("step"), int):
             raise CheckpointUnusableError(f"{path} has a row without a whole number `step`: {line[:80]!r}")
         if row["step"] <= step:
@@ -76,14 +77,18 @@ class JsonlWriter:
             raise _write_error(self.path, error) from error
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Raises CheckpointError when the disk takes no more; the file then ends with the last whole row."""
+        """Raises CheckpointError when the disk takes no more; the row is then not in the file."""
         end = os.fstat(self._descriptor).st_size
         rest = memoryview(encode_row(row))
         try:
             while rest:
-                rest = rest[self._files.write(self._descriptor, rest) :]
+                taken = self._files.write(self._descriptor, rest)
+                if taken <= 0:
+                    raise OSError(f"the system took 0 of {len(rest)} bytes")
+                rest = rest[taken:]
         except OSError as error:
-            os.ftruncate(self._descriptor, end)
+            with suppress(OSError):  # a torn row that stays is cut off on resume
+                os.ftruncate(self._descriptor, end)
             raise _write_error(self.path, error) from error
 
     def sync(self) -> None:
@@ -99,7 +104,7 @@ class JsonlWriter:
             self._descriptor = -1
 
 
-def _rows_with_ends(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _lines_with_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     if not path.exists():
         return
     with path.open("rb") as file:

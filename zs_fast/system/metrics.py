@@ -68,10 +68,12 @@ class RunLog:
     def record(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float] | None = None) -> None:
         """Record numbers beside the steps, such as an evaluation after `step` finished steps.
 
-        To be kept on resume, record what belongs to a step before the checkpoint of that step is saved.
+        To be kept on resume, record what belongs to a step before the checkpoint of that step is saved. Names with more
+        than three parts (those of single data sources) are left off the screen.
         """
         self._append(step, metrics, timings or {})
-        self._screen.note(f"after step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+        shown = [f"{key} {float(value):.4g}" for key, value in metrics.items() if key.count("/") <= 2]
+        self._screen.note(f"after step {step}: " + "  ".join(shown))
 
     def note(self, message: str) -> None:
         """One line for a person; goes to the screen only."""
@@ -84,7 +86,8 @@ class RunLog:
     def truncate(self, step: int) -> list[str]:
         """Cut the files back to the first `step` steps, before a resume. Sentences about what could not be kept.
 
-        `truncate(-1)` empties the files, for a start over. Each file is replaced atomically, so that a crash in here only means that the next resume cuts again.
+        `truncate(-1)` empties the files, for a start over. Each file is replaced atomically, so a crash in here only
+        means that the next resume cuts again.
         """
         self._close_writers()
         for name in FILES:
