@@ -1,5 +1,6 @@
 """Operations for reinforcement learning of language models: plain functions on tensors, importable with torch alone."""
 
+from zs_kernels.gae import gae
 from zs_kernels.group_advantages import GroupAdvantages, group_advantages
 from zs_kernels.kl_estimates import kl_estimates
 from zs_kernels.linear_logprobs import linear_logprobs, linear_logprobs_reference
@@ -11,6 +12,7 @@ __all__ = [
     "GroupAdvantages",
     "PolicyLoss",
     "TokenLogprobs",
+    "gae",
     "group_advantages",
     "kl_estimates",
     "linear_logprobs",

@@ -97,7 +97,8 @@ def test_native_takes_strided_inputs():
 def test_masked_slots_are_never_read(use_native, monkeypatch):
     rewards, values, mask, cu_seqlens = packed([50, 50], seed=4)
     if not use_native:
-        monkeypatch.setattr("zs_kernels.gae.runs_native", lambda *tensors: False)
+        # By sys.modules, because the package's attribute of that name is the function.
+        monkeypatch.setattr(sys.modules["zs_kernels.gae"], "runs_native", lambda *tensors: False)
     clean = gae(rewards, values, mask, cu_seqlens)
     poisoned = gae(rewards.masked_fill(~mask, torch.nan), values.masked_fill(~mask, torch.nan), mask, cu_seqlens)
     assert torch.equal(clean[0], poisoned[0]) and torch.equal(clean[1], poisoned[1])
