@@ -428,7 +428,7 @@ def test_flipped_bytes(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
 def test_flipped_bytes_many(tmp_path: Path, suffix: str) -> None:
-    flip_many(tmp_path, suffix, 10_000)
+    flip_many(tmp_path, suffix, 3_000)
 
 
 # Huge files: at most 300 MB of memory and 3 s of processor time, counted in a process of its own
