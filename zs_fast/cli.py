@@ -60,8 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _report(f"zs-fast: {MISSING_EXTRA.format(command=words[0], package=error.name)}")
         code = PreflightError.exit_code
     except KeyboardInterrupt:
-        _report("zs-fast: interrupted; `--resume` continues from the newest checkpoint")
+        hint = "; `--resume` continues from the newest checkpoint" if words[0] == "train" else ""
+        _report(f"zs-fast: interrupted{hint}")
         code = 130
+    except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     raise SystemExit(code)
 
 
@@ -85,7 +89,7 @@ def run(words: list[str]) -> int:
 
 def parse(words: Sequence[str], switches: Sequence[str]) -> CommandLine:
     """Sort the words of a command that takes recipes. Raises ConfigError for a flag without its value."""
-    from zs_fast.recipe_files import fields
+    from zs_fast.recipe_files import fields, is_list
 
     line = CommandLine()
     queue = list(words)
@@ -100,7 +104,7 @@ def parse(words: Sequence[str], switches: Sequence[str]) -> CommandLine:
             line.switches.add(name)
             continue
         values = [value] if equals else _take_values(queue, name)
-        if not values and name in fields():
+        if not values and name in fields() and not is_list(name):
             raise ConfigError(f"--{flag} needs a value; {_what_it_takes(name)}")
         line.overrides[name] = values
     return line
@@ -108,16 +112,13 @@ def parse(words: Sequence[str], switches: Sequence[str]) -> CommandLine:
 
 def _take_values(queue: list[str], name: str) -> list[str]:
     """Remove and return the words that belong to a flag: all up to the next flag for a list, else at most one."""
-    from typing import get_origin
-
-    from zs_fast.recipe_files import fields, looks_like_recipe
+    from zs_fast.recipe_files import fields, is_list, looks_like_recipe
 
     known = fields().get(name)
-    is_list = known is not None and get_origin(known.annotation) is tuple
     if known is not None and known.annotation is bool and (not queue or looks_like_recipe(queue[0])):
         return ["true"]
     values = []
-    while queue and not queue[0].startswith("--") and (is_list or not values):
+    while queue and not queue[0].startswith("--") and (is_list(name) or not values):
         values.append(queue.pop(0))
     return values
 

@@ -41,7 +41,7 @@ def load_recipe(recipes: Sequence[str | Path], overrides: Overrides | None = Non
     problems = []
     for name, words in (overrides or {}).items():
         if name in fields():
-            _place(values, name, _from_words(fields()[name], words))
+            _place(values, name, _from_words(name, words))
             origins[name] = "on the command line"
         else:
             problems.append(_unknown_key(name, " ".join(words), "on the command line"))
@@ -89,6 +89,11 @@ def fields() -> dict[str, FieldInfo]:
                 yield prefix + name, field
 
     return dict(walk(RunConfig, ""))
+
+
+def is_list(name: str) -> bool:
+    """Does the field of this dotted name take several values?"""
+    return name in fields() and get_origin(fields()[name].annotation) is tuple
 
 
 @cache
@@ -157,12 +162,12 @@ def _place(values: dict[str, Any], name: str, value: Any) -> None:
     values[last] = value
 
 
-def _from_words(field: FieldInfo, words: Sequence[str]) -> Any:
+def _from_words(name: str, words: Sequence[str]) -> Any:
     """The words of a flag as the field's type; words that don't fit stay text, and the check then names them."""
-    is_list = get_origin(field.annotation) is tuple
-    if not is_list and len(words) != 1:
+    field = fields()[name]
+    if not is_list(name) and len(words) != 1:
         return list(words)
-    given: Any = list(words) if is_list else words[0]
+    given: Any = list(words) if is_list(name) else words[0]
     if given == "none" and NoneType in get_args(field.annotation):
         return None
     try:

@@ -58,6 +58,13 @@ def test_words_may_stand_in_any_order(recipe, trained):
     assert [config.train.betas for config, _ in trained] == [(0.5, 0.6)] * 2
 
 
+def test_a_list_flag_without_words_is_the_empty_list(tmp_path, trained):
+    path = tmp_path / "masked.toml"
+    path.write_text('[algorithm]\nmask_stop_reasons = ["turn_limit"]\n')
+    assert call("train", str(path), "--algorithm.mask_stop_reasons", "--seed", "1") == 0
+    assert trained[0][0].algorithm.mask_stop_reasons == ()
+
+
 def test_json_is_the_last_line_and_has_no_nan(recipe, trained, capsys):
     assert call("train", recipe, "--json") == 0
     last = capsys.readouterr().out.splitlines()[-1]
