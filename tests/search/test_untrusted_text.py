@@ -16,6 +16,7 @@ HONEST = [
     "Tabs\tand\n\nblank lines, \u00a0no-break, zero\u200bwidth, joiner 👩\u200d👩\u200d👧, BOM \ufeff",
     "The answer is to search for information and think.",
     "Straße, Москва, 東京, עברית, العربية, नमस्ते",
+    "Yehuda Avner (Hebrew: יהודה אבנר\u200e ; 1928) and \u200fעברית\u061c",
     "&lt;answer&gt; [1] [INS] <| |> im_end",
     "",
 ]
@@ -36,7 +37,7 @@ def test_a_protocol_tag_loses_its_bracket(tag: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "hidden", ["<ans\x00wer>", "<\u202eanswer>", "<answer\u2066>", "\x1b<an\x08swer>", "<a\u200fnswer>"]
+    "hidden", ["<ans\x00wer>", "<\u202eanswer>", "<answer\u2066>", "\x1b<an\x08swer>", "<a\u2069nswer>"]
 )
 def test_a_tag_hidden_by_dropped_characters_is_found(hidden: str) -> None:
     assert clean_document(hidden, ()) == "&lt;answer>"
@@ -44,7 +45,7 @@ def test_a_tag_hidden_by_dropped_characters_is_found(hidden: str) -> None:
 
 def test_control_and_direction_characters_go() -> None:
     dropped = [chr(code) for code in [*range(9), *range(11, 32), *range(127, 160)]]
-    dropped += list("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+    dropped += list("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
     assert clean_document("a" + "".join(dropped) + "b\n\tc", ()) == "ab\n\tc"
     assert clean_document("a\r\nb", ()) == "a\nb"
 

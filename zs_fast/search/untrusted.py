@@ -11,8 +11,10 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-# C0 without tab and newline, DEL, C1, and the characters with the Unicode property Bidi_Control.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
+# C0 without tab and newline, DEL, C1, and the bidirectional embeddings, overrides and isolates, which can show text in
+# another order than it is read in. The invisible marks U+200E, U+200F, U+061C can't, and honest Hebrew or Arabic names
+# in English articles come with them, so they stay.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]+")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Possessive repeats: a run of spaces after each `<` is read once, never re-read.
 _PROTOCOL_TAG = re.compile(r"<(?=[\s/]*+(?:think|search|information|answer)\b)", re.IGNORECASE)
@@ -23,10 +25,10 @@ _Tree = dict[str, "_Tree"]
 def clean_document(text: str, reserved_strings: Iterable[str]) -> str:
     """The document without control characters, with protocol tags and reserved strings made harmless.
 
-    Dropped: C0 and C1 controls except tab and newline, DEL, and the bidirectional controls. A lone surrogate becomes
-    U+FFFD. The `<` of a protocol tag (think, search, information, answer; any case, spaces, attributes, slash) and
-    of a reserved string becomes `&lt;`; a reserved string that starts otherwise gets a space after its first
-    character. Text without any of these comes back byte-identical. Linear time.
+    Dropped: C0 and C1 controls except tab and newline, DEL, bidirectional embeddings, overrides and isolates. A lone
+    surrogate becomes U+FFFD. The `<` of a protocol tag (think, search, information, answer; any case, spaces,
+    attributes, slash) and of a reserved string becomes `&lt;`; a reserved string that starts otherwise gets a space
+    after its first character. Text without any of these comes back byte-identical. Linear time.
     """
     text = _CONTROLS.sub("", text)
     text = _SURROGATES.sub("\ufffd", text)
