@@ -305,8 +305,16 @@ def test_the_key_is_withheld_from_plain_http_to_another_machine(monkeypatch):
 
 @pytest.mark.parametrize(
     ("host", "loopback"),
-    [("localhost", True), ("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("10.0.0.1", False)]
-    + [("127.0.0.1.evil.com", False), ("localhost.evil.com", False), ("0x7f.1", False)],
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("10.0.0.1", False),
+        ("127.0.0.1.evil.com", False),
+        ("localhost.evil.com", False),
+        ("0x7f.1", False),
+    ],
 )
 def test_what_counts_as_this_machine(host, loopback):
     from zs_fast.rollout.openai_engine import _is_loopback

@@ -52,6 +52,9 @@ def _linear(module: nn.Linear, inputs: Tensor) -> Tensor:
     rows = inputs.reshape(-1, inputs.shape[-1])
     assert rows.shape[0] % BLOCK_ROWS == 0, f"{rows.shape[0]} rows are no multiple of {BLOCK_ROWS}"
     weight, bias = module.weight.t(), module.bias
+    if rows.shape[0] == BLOCK_ROWS:
+        output = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+        return output.view(*inputs.shape[:-1], -1)
     output = rows.new_empty(rows.shape[0], module.out_features)
     for start in range(0, rows.shape[0], BLOCK_ROWS):
         block, out = rows[start : start + BLOCK_ROWS], output[start : start + BLOCK_ROWS]

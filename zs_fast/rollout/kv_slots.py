@@ -50,9 +50,10 @@ class Context:
 
 
 class KvSlots:
-    """Key and value storage of one model: per layer [slots + 1, kv_heads, capacity, head_dim], one scratch slot last.
+    """Key and value storage of one model: [layers, slots + 1, kv_heads, capacity, head_dim], one scratch slot last.
 
-    Capacity starts small and doubles when a sequence needs more, up to `max_tokens`; it never shrinks.
+    Capacity starts small and doubles when a sequence needs more, up to `max_tokens`; it never shrinks. While it grows,
+    the old and the new keys (then values) exist side by side.
     """
 
     def __init__(
@@ -74,29 +75,21 @@ class KvSlots:
         self.capacity = min(self.max_capacity, 4 * CAPACITY_STEP)
         self._dtype = dtype
         self._device = device
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.key_views: list[list[Tensor]] = []
-        self.value_views: list[list[Tensor]] = []
-
-    @property
-    def allocated(self) -> bool:
-        return bool(self.keys)
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+        return sum(t.numel() * t.element_size() for t in (self.keys, self.values) if t is not None)
 
     def allocate(self) -> None:
-        if not self.allocated:
-            self.keys = [self._new(self.capacity) for _ in range(self.num_layers)]
-            self.values = [self._new(self.capacity) for _ in range(self.num_layers)]
-            self._make_views()
+        if self.keys is None:
+            self.keys, self.values = self._new(self.capacity), self._new(self.capacity)
 
     def release(self) -> int:
         """Drop the storage; the number of bytes that came free."""
         freed = self.num_bytes
-        self.keys, self.values, self.key_views, self.value_views = [], [], [], []
+        self.keys = self.values = None
         return freed
 
     def reserve(self, num_tokens: int) -> None:
@@ -104,23 +97,27 @@ class KvSlots:
         self.allocate()
         if num_tokens <= self.capacity:
             return
-        capacity = self.capacity
-        while capacity < num_tokens:
-            capacity = min(2 * capacity, self.max_capacity)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                tensors[layer] = self._new(capacity)
-                tensors[layer][:, :, : self.capacity] = old
-        self.capacity = capacity
-        self._make_views()
+        old_capacity = self.capacity
+        while self.capacity < num_tokens:
+            self.capacity = min(2 * self.capacity, self.max_capacity)
+        self.keys = self._grown(self.keys, old_capacity)
+        self.values = self._grown(self.values, old_capacity)
+
+    def layers_of(self, slot: int, num_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of one slot's first tokens, for each layer keys and values [1, kv_heads, num_tokens, head_dim]."""
+        assert self.keys is not None and self.values is not None
+        keys = self.keys.narrow(1, slot, 1).narrow(3, 0, num_tokens)
+        values = self.values.narrow(1, slot, 1).narrow(3, 0, num_tokens)
+        return keys.unbind(0), values.unbind(0)
+
+    def _grown(self, old: Tensor, old_capacity: int) -> Tensor:
+        new = self._new(self.capacity)
+        new[:, :, :, :old_capacity] = old
+        return new
 
     def _new(self, capacity: int) -> Tensor:
-        shape = (self.num_slots + 1, self.num_kv_heads, capacity, self.head_dim)
+        shape = (self.num_layers, self.num_slots + 1, self.num_kv_heads, capacity, self.head_dim)
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
-
-    def _make_views(self) -> None:
-        self.key_views = [list(tensor.unsqueeze(1).unbind(0)) for tensor in self.keys]
-        self.value_views = [list(tensor.unsqueeze(1).unbind(0)) for tensor in self.values]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +147,18 @@ class SlotAttention:
         self.pieces = [*self.single, *self.longer]
         self.num_padding = num_tokens - sum(piece.num_tokens for piece in pieces)
         self._batched = batched and len(self.single) > 1
-        device = slots.keys[0].device
-        heads = torch.arange(slots.num_kv_heads)
-        row = torch.tensor(
-            [p.slot for p in self.pieces for _ in range(p.num_tokens)] + [slots.num_slots] * self.num_padding
-        )
-        position = torch.tensor([i for p in self.pieces for i in range(p.start, p.end)] + [0] * self.num_padding)
-        flat = (row[:, None] * slots.num_kv_heads + heads) * slots.capacity + position[:, None]
-        self._write_to = flat.flatten().to(device)
-        self.position_ids = position.to(device)
+        assert slots.keys is not None and slots.values is not None
+        device = slots.keys.device
+        # Per layer, every slot's every token as one row: where the new keys and values go.
+        self._key_rows = slots.keys.view(slots.num_layers, -1, slots.head_dim).unbind(0)
+        self._value_rows = slots.values.view(slots.num_layers, -1, slots.head_dim).unbind(0)
+        row = [p.slot for p in self.pieces for _ in range(p.num_tokens)] + [slots.num_slots] * self.num_padding
+        positions = [i for p in self.pieces for i in range(p.start, p.end)] + [0] * self.num_padding
+        self.position_ids = torch.tensor(positions, device=device)
+        heads = torch.tensor(row)[:, None] * slots.num_kv_heads + torch.arange(slots.num_kv_heads)
+        self._write_to = (heads * slots.capacity + torch.tensor(positions)[:, None]).flatten().to(device)
+        viewed = self.longer if self._batched else self.pieces
+        self._views = {piece: slots.layers_of(piece.slot, piece.end) for piece in viewed}
         self._masks = [self._causal_mask(piece, device) for piece in self.longer]
         if self._batched:
             self._prepare_batched(device)
@@ -167,10 +167,8 @@ class SlotAttention:
         """Store the new keys and values, then attend; [1, T, heads, head_dim]."""
         slots = self.slots
         num_tokens, num_heads = query.shape[2], query.shape[1]
-        for cache, new in ((slots.keys[layer_index], key), (slots.values[layer_index], value)):
-            cache.view(-1, slots.head_dim).index_copy_(
-                0, self._write_to, new[0].transpose(0, 1).reshape(-1, slots.head_dim)
-            )
+        for rows, new in ((self._key_rows[layer_index], key), (self._value_rows[layer_index], value)):
+            rows.index_copy_(0, self._write_to, new[0].transpose(0, 1).reshape(-1, slots.head_dim))
         group = num_heads // slots.num_kv_heads
         queries = query[0].transpose(0, 1).reshape(num_tokens, slots.num_kv_heads, group, slots.head_dim)
         outputs: list[Tensor] = []
@@ -180,8 +178,8 @@ class SlotAttention:
             outputs.extend(self._attend_singles(layer_index, queries, scaling))
         first = len(self.single)
         for piece, mask in zip(self.longer, self._masks, strict=True):
-            rows = queries[first : first + piece.num_tokens]
-            outputs.append(self._attend_piece(layer_index, rows, piece, mask, scaling))
+            part = queries[first : first + piece.num_tokens]
+            outputs.append(self._attend_piece(layer_index, part, piece, mask, scaling))
             first += piece.num_tokens
         if self.num_padding:
             outputs.append(queries.new_zeros(self.num_padding, *queries.shape[1:]))
@@ -189,25 +187,22 @@ class SlotAttention:
 
     def _attend_singles(self, layer_index: int, queries: Tensor, scaling: float) -> list[Tensor]:
         """One call per token; the heads of a group stand as its query rows, so keys are never repeated in memory."""
-        keys, values = self.slots.key_views[layer_index], self.slots.value_views[layer_index]
-        rows = queries[: len(self.single)].unsqueeze(1).unbind(0)
-        return [
-            F.scaled_dot_product_attention(
-                row, keys[piece.slot].narrow(2, 0, piece.end), values[piece.slot].narrow(2, 0, piece.end), scale=scaling
-            )
-            for row, piece in zip(rows, self.single, strict=True)
-        ]
+        parts = queries[: len(self.single)].unsqueeze(1).unbind(0)
+        outputs = []
+        for part, piece in zip(parts, self.single, strict=True):
+            keys, values = self._views[piece]
+            outputs.append(F.scaled_dot_product_attention(part, keys[layer_index], values[layer_index], scale=scaling))
+        return outputs
 
     def _attend_piece(
         self, layer_index: int, queries: Tensor, piece: Piece, mask: Tensor | None, scaling: float
     ) -> Tensor:
-        keys = self.slots.key_views[layer_index][piece.slot].narrow(2, 0, piece.end)
-        values = self.slots.value_views[layer_index][piece.slot].narrow(2, 0, piece.end)
+        keys, values = self._views[piece]
         outputs = [
             F.scaled_dot_product_attention(
                 queries[:, :, member].transpose(0, 1).unsqueeze(0),
-                keys,
-                values,
+                keys[layer_index],
+                values[layer_index],
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scaling,
@@ -231,8 +226,9 @@ class SlotAttention:
         self._visible = visible[:, None, None, :]
 
     def _attend_batched(self, layer_index: int, queries: Tensor, scaling: float) -> Tensor:
-        keys = self.slots.keys[layer_index][:, :, : self._longest].index_select(0, self._rows)
-        values = self.slots.values[layer_index][:, :, : self._longest].index_select(0, self._rows)
+        assert self.slots.keys is not None and self.slots.values is not None
+        keys = self.slots.keys[layer_index, :, :, : self._longest].index_select(0, self._rows)
+        values = self.slots.values[layer_index, :, :, : self._longest].index_select(0, self._rows)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._visible, scale=scaling)
 
 

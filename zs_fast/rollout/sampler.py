@@ -31,8 +31,9 @@ def sample_tokens(logits_RV: Tensor, samplings: Sequence[Sampling], counters: Se
         weights = _truncate(torch.softmax(scaled, -1), samplings)
         draws = [uniform(s.seed, i) if s.temperature else 0.0 for s, i in zip(samplings, counters, strict=True)]
         ids = _invert(weights, torch.tensor(draws, dtype=torch.float64, device=scaled.device))
-        greedy = torch.tensor([sampling.temperature == 0 for sampling in samplings], device=scaled.device)
-        ids = torch.where(greedy, scaled.argmax(-1), ids)
+        greedy = [sampling.temperature == 0 for sampling in samplings]
+        if any(greedy):
+            ids = torch.where(torch.tensor(greedy, device=scaled.device), scaled.argmax(-1), ids)
     return ids, logprobs_RV.gather(-1, ids[:, None]).squeeze(-1)
 
 

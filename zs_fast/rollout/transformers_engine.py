@@ -28,7 +28,7 @@ from zs_fast.types import Completion, FinishReason, Role, Sampling
 PIECE_TOKENS = 256
 """Longest piece of a prompt that goes through attention in one call."""
 PREFILL_TOKENS = 512
-"""Prompt tokens per step and model, beyond which further pieces wait; one piece always goes."""
+"""Prompt tokens per step and model, beyond which further pieces wait."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -330,7 +330,7 @@ class _Lane:
                 start, end = request.plan[0]
                 is_decode = start >= len(request.prompt_ids) and end == request.num_tokens
                 if not is_decode:
-                    if budget < end - start and budget < PREFILL_TOKENS:
+                    if budget <= 0:
                         break
                     budget -= end - start
                     self._counts["prefill_tokens"] += end - start

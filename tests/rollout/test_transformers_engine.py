@@ -1,0 +1,477 @@
+"""The embedded engine: right numbers, the same bits whatever else runs, no token computed twice, clean stops."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from zs_fast.errors import EngineError, PreflightError
+from zs_fast.models.attention import PackedAttention
+from zs_fast.models.load import LoadedModel
+from zs_fast.rollout.transformers_engine import PIECE_TOKENS, TransformersEngine
+from zs_fast.testing import byte_tokenizer, tiny_model
+from zs_fast.types import Completion, FinishReason, Role, Sampling
+
+POLICY, SIMULATOR = Role.POLICY, Role.SIMULATOR
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def engine_for(loaded: LoadedModel, *, slots: int = 8, limit: int = 1024, **options) -> TransformersEngine:
+    return TransformersEngine({POLICY: loaded}, slots=slots, max_context_tokens=limit, **options)
+
+
+def run(engine: TransformersEngine) -> dict[int, Completion]:
+    done: dict[int, Completion] = {}
+    for _ in range(100_000):
+        if not engine.num_unfinished:
+            return done
+        done |= {completion.request_id: completion for completion in engine.step()}
+    raise AssertionError("the engine never finished")
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    draws = random.Random(seed)
+    return [draws.randrange(256) for _ in range(length)]
+
+
+def reference_logprobs(loaded: LoadedModel, ids: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
+    """Row t: log-probabilities of token t + 1 by transformers' own eager attention on a copy of the weights."""
+    model = loaded.model
+    config = copy.deepcopy(model.config)
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(model.dtype).eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        logits = plain(input_ids=torch.tensor([list(ids)])).logits[0, :, : len(loaded.tokenizer)]
+    return torch.log_softmax(logits.float() / temperature, -1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_log_probabilities_are_those_of_the_plain_model_over_several_turns(kind, batch_invariant):
+    loaded = tiny_model(kind, padded_rows=5)
+    engine = engine_for(loaded, batch_invariant=batch_invariant)
+    context = {row: prompt(row, 20 + 150 * row) for row in range(3)}
+    for turn in range(3):
+        for row, ids in context.items():
+            sampling = Sampling(max_new_tokens=12, temperature=0.7, seed=100 * row + turn)
+            engine.add(row, ids, sampling, role=POLICY, cache_salt=f"t{row}")
+        for row, completion in run(engine).items():
+            start = len(context[row])
+            context[row] = context[row] + list(completion.token_ids)
+            expected = reference_logprobs(loaded, context[row], 0.7)[start - 1 : -1]
+            expected = expected.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=2e-5), (turn, row)
+            context[row] += prompt(7 * row + turn, 5 + 30 * turn)
+
+
+def test_greedy_takes_the_most_likely_token():
+    loaded = tiny_model("qwen2", seed=3)
+    engine = engine_for(loaded)
+    engine.add(0, prompt(1, 30), Sampling(max_new_tokens=20, temperature=0.0), role=POLICY)
+    ids = list(run(engine)[0].token_ids)
+    logprobs = reference_logprobs(loaded, prompt(1, 30) + ids)[29:-1]
+    assert (logprobs.max(-1).values - logprobs.gather(-1, torch.tensor(ids)[:, None])[:, 0] < 1e-5).all()
+
+
+def play_alone(loaded: LoadedModel, turns: Sequence[tuple[list[int], Sampling]]) -> list[Completion]:
+    """One trajectory's turns with nothing else in the engine; each turn's new ids follow what was sampled."""
+    engine = engine_for(loaded, slots=1)
+    ids: list[int] = []
+    completions = []
+    for new_ids, sampling in turns:
+        ids = ids + new_ids
+        engine.add(0, ids, sampling, role=POLICY, cache_salt="alone")
+        completions.append(run(engine)[0])
+        ids = ids + list(completions[-1].token_ids)
+    return completions
+
+
+def play_together(
+    loaded: LoadedModel, trajectories: Sequence[Sequence[tuple[list[int], Sampling]]], *, slots: int, seed: int
+) -> tuple[list[list[Completion]], TransformersEngine]:
+    """All trajectories in one engine, turns added in random order at random times."""
+    draws = random.Random(seed)
+    engine = engine_for(loaded, slots=slots)
+    ids: list[list[int]] = [[] for _ in trajectories]
+    done: list[list[Completion]] = [[] for _ in trajectories]
+    ready = list(range(len(trajectories)))
+    draws.shuffle(ready)
+    while ready or engine.num_unfinished:
+        while ready and draws.random() < 0.6:
+            row = ready.pop(draws.randrange(len(ready)))
+            new_ids, sampling = trajectories[row][len(done[row])]
+            ids[row] = ids[row] + new_ids
+            engine.add(row, ids[row], sampling, role=POLICY, cache_salt=f"salt-{row}")
+        for completion in engine.step():
+            row = completion.request_id
+            done[row].append(completion)
+            ids[row] = ids[row] + list(completion.token_ids)
+            if len(done[row]) < len(trajectories[row]):
+                ready.append(row)
+            else:
+                engine.end(POLICY, f"salt-{row}")
+    return done, engine
+
+
+def some_trajectories(count: int, seed: int) -> list[list[tuple[list[int], Sampling]]]:
+    draws = random.Random(seed)
+    return [
+        [
+            (
+                prompt(draws.randrange(10**6), draws.choice([1, 2, 17, 40, 90, PIECE_TOKENS + 30])),
+                Sampling(
+                    max_new_tokens=draws.randint(1, 14),
+                    temperature=draws.choice([0.0, 0.7, 1.0]),
+                    top_p=draws.choice([1.0, 0.9]),
+                    top_k=draws.choice([0, 20]),
+                    seed=draws.randrange(2**63),
+                ),
+            )
+            for _ in range(draws.randint(1, 3))
+        ]
+        for _ in range(count)
+    ]
+
+
+def bits(completions: Sequence[Completion]) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+    return [(completion.token_ids, completion.logprobs) for completion in completions]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rows_bits_do_not_depend_on_other_rows_slots_or_arrival(kind, dtype, num_threads):
+    loaded = tiny_model(kind, dtype=dtype, hidden_size=96, heads=6, kv_heads=2, padded_rows=3)
+    trajectories = some_trajectories(12, seed=1)
+    with threads(num_threads):
+        alone = [bits(play_alone(loaded, trajectory)) for trajectory in trajectories]
+        for slots, seed in ((64, 0), (5, 1)):
+            together, _ = play_together(loaded, trajectories, slots=slots, seed=seed)
+            assert [bits(completions) for completions in together] == alone, (slots, seed)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("hidden_size", [64, 192, 288])
+def test_batch_invariance_over_many_shapes(kind, dtype, num_threads, hidden_size):
+    heads = hidden_size // 32
+    loaded = tiny_model(
+        kind, dtype=dtype, hidden_size=hidden_size, layers=3, heads=heads, kv_heads=heads, padded_rows=9
+    )
+    trajectories = some_trajectories(40, seed=hidden_size)
+    with threads(num_threads):
+        alone = [bits(play_alone(loaded, trajectory)) for trajectory in trajectories]
+        for slots in (64, 9, 3):
+            together, _ = play_together(loaded, trajectories, slots=slots, seed=slots)
+            assert [bits(completions) for completions in together] == alone, slots
+
+
+def test_the_plain_path_would_fail_that_test():
+    """Without fixed blocks the bits do depend on the neighbours: else the tests above would prove nothing."""
+    loaded = tiny_model("llama", hidden_size=96, heads=6, kv_heads=2)
+    sampling = Sampling(max_new_tokens=8, seed=5)
+
+    def logprobs(num_neighbours: int) -> tuple[float, ...]:
+        engine = engine_for(loaded, slots=40, batch_invariant=False)
+        for row in range(num_neighbours + 1):
+            engine.add(row, prompt(row, 20 + row), sampling, role=POLICY)
+        return run(engine)[0].logprobs
+
+    assert any(logprobs(0) != logprobs(count) for count in (1, 2, 3, 7, 20, 39))
+
+
+def test_evicted_contexts_compute_on_with_the_same_bits():
+    loaded = tiny_model("qwen2")
+    trajectories = [turns for turns in some_trajectories(30, seed=4) if len(turns) == 3][:8]
+    plenty, _ = play_together(loaded, trajectories, slots=16, seed=2)
+    scarce, engine = play_together(loaded, trajectories, slots=2, seed=3)
+    assert engine.stats()[POLICY].evictions > 0
+    assert [bits(completions) for completions in scarce] == [bits(completions) for completions in plenty]
+
+
+def test_no_token_is_prefilled_twice():
+    loaded = tiny_model()
+    trajectories = [turns for turns in some_trajectories(30, seed=5) if len(turns) > 1]
+    done, engine = play_together(loaded, trajectories, slots=64, seed=0)
+    given = sum(len(new_ids) for turns in trajectories for new_ids, _ in turns)
+    # The last token of each earlier turn was sampled but never fed; it goes in with the next prompt.
+    carried = sum(len(turns) - 1 for turns in trajectories)
+    stats = engine.stats()[POLICY]
+    assert stats.prefill_tokens == given + carried
+    assert stats.decode_tokens == sum(len(c.token_ids) for completions in done for c in completions)
+    assert stats.evictions == 0
+    assert stats.reused_tokens > 0
+
+
+def test_a_prompt_that_leaves_the_kept_context_recomputes_from_there():
+    loaded = tiny_model()
+    shared = prompt(0, 40)
+    expected = play_alone(loaded, [(shared + prompt(2, 9), Sampling(max_new_tokens=6, seed=1))])[0]
+    engine = engine_for(loaded)
+    engine.add(0, shared + prompt(1, 30), Sampling(max_new_tokens=6), role=POLICY, cache_salt="a")
+    run(engine)
+    engine.add(1, shared + prompt(2, 9), Sampling(max_new_tokens=6, seed=1), role=POLICY, cache_salt="a")
+    assert bits([run(engine)[1]]) == bits([expected])
+
+
+def test_the_same_prompt_again_still_gives_logits():
+    engine = engine_for(tiny_model())
+    sampling = Sampling(max_new_tokens=1, temperature=0.0)
+    ids = prompt(0, 25)
+    engine.add(0, ids, sampling, role=POLICY, cache_salt="a")
+    first = run(engine)[0]
+    engine.add(1, ids, sampling, role=POLICY, cache_salt="a")
+    assert run(engine)[1].token_ids == first.token_ids
+
+
+def test_weights_are_shared_and_published_weights_never_meet_old_keys():
+    loaded = tiny_model("qwen2", seed=1)
+    engine = engine_for(loaded)
+    assert engine.module(POLICY) is loaded.model
+    sampling = Sampling(max_new_tokens=10, seed=3)
+    ids = prompt(0, 30)
+    engine.add(0, ids, sampling, role=POLICY, cache_salt="a")
+    old = run(engine)[0]
+    ids = ids + list(old.token_ids) + prompt(1, 10)
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    engine.publish(7)
+    engine.add(1, ids, sampling, role=POLICY, cache_salt="a")
+    new = run(engine)[1]
+    assert (old.policy_version, new.policy_version) == (0, 7)
+    expected = reference_logprobs(loaded, ids + list(new.token_ids))[len(ids) - 1 : -1]
+    expected = expected.gather(-1, torch.tensor(new.token_ids)[:, None])[:, 0]
+    assert torch.allclose(torch.tensor(new.logprobs), expected, atol=2e-5)
+
+
+def test_publishing_in_the_middle_of_a_request_computes_its_context_anew():
+    loaded = tiny_model(seed=2)
+    engine = engine_for(loaded)
+    ids = prompt(0, 30)
+    engine.add(0, ids, Sampling(max_new_tokens=12, seed=3), role=POLICY)
+    for _ in range(5):
+        engine.step()
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.mul_(1.03)
+    engine.publish(1)
+    completion = run(engine)[0]
+    assert completion.policy_version == 0, "the version is that of the moment the request was added"
+    expected = reference_logprobs(loaded, ids + list(completion.token_ids))[len(ids) - 1 : -1]
+    expected = expected.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+    actual = torch.tensor(completion.logprobs)
+    assert torch.allclose(actual[5:], expected[5:], atol=2e-5) and not torch.allclose(
+        actual[:5], expected[:5], atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_training_after_sampling_is_training_as_if_never_sampled(batch_invariant):
+    def gradients(loaded: LoadedModel) -> list[torch.Tensor]:
+        loaded.model.train()
+        ids = torch.tensor([prompt(0, 40)])
+        hidden = loaded.model.model(
+            input_ids=ids,
+            position_ids=torch.cat([torch.arange(15), torch.arange(25)])[None],
+            use_cache=False,
+            attention_state=PackedAttention([0, 15, 40]),
+        ).last_hidden_state
+        loaded.model.lm_head(hidden).log_softmax(-1)[..., 3].sum().backward()
+        return [parameter.grad for parameter in loaded.model.parameters()]
+
+    sampled, untouched = tiny_model("qwen2"), tiny_model("qwen2")
+    sampled.model.train()
+    engine = engine_for(sampled, batch_invariant=batch_invariant)
+    engine.add(0, prompt(3, 50), Sampling(max_new_tokens=5), role=POLICY)
+    run(engine)
+    assert all(module.training for module in sampled.model.modules())
+    assert all("forward" not in module.__dict__ for module in sampled.model.modules())
+    assert not any(tensor.is_inference() for tensor in (*sampled.model.parameters(), *sampled.model.buffers()))
+    for ours, theirs in zip(gradients(sampled), gradients(untouched), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_broken_forward_leaves_the_module_as_it_was():
+    loaded = tiny_model()
+    engine = engine_for(loaded)
+    loaded.model.train()
+    engine.add(0, prompt(0, 5), Sampling(max_new_tokens=2), role=POLICY)
+    handle = loaded.model.model.norm.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    handle.remove()
+    assert loaded.model.training and all("forward" not in module.__dict__ for module in loaded.model.modules())
+
+
+def speaking_model(text: str, prompt_ids: list[int]) -> LoadedModel:
+    """A model that says exactly `text`: its head is replaced by one that reads the position."""
+    loaded = tiny_model()
+    ids = loaded.tokenizer.encode(text, add_special_tokens=False)
+    table = torch.zeros(4096, loaded.model.config.vocab_size)
+    for place, token in enumerate(ids):
+        table[len(prompt_ids) - 1 + place, token] = 50.0
+
+    class Speaks(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return table[hidden[:, 0].round().long()]
+
+    class Positions(torch.nn.Module):
+        embed_tokens = loaded.model.model.embed_tokens
+
+        def forward(self, *, position_ids: torch.Tensor, **_: object) -> object:
+            hidden = position_ids[..., None].expand(*position_ids.shape, 4).float()
+            return type("Output", (), {"last_hidden_state": hidden})
+
+    loaded.model.get_decoder = lambda: Positions()
+    loaded.model.get_output_embeddings = lambda: Speaks()
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected", "reason"),
+    [
+        ("a </search> b", ("</search>", "</answer>"), "a </search>", FinishReason.STOP),
+        ("<answer> x </answer></search>", ("</search>", "</answer>"), "<answer> x </answer>", FinishReason.STOP),
+        ("ends <|im_end|> after", ("</search>",), "ends <|im_end|>", FinishReason.STOP),
+        ("pad <|endoftext|> after", (), "pad <|endoftext|>", FinishReason.STOP),
+        ("</sea<|im_start|>rch> b", ("</search>",), "</sea<|im_start|>rch>", FinishReason.STOP),
+        ("né 東京 stop 東 now", ("東 n",), "né 東京 stop 東 n", FinishReason.STOP),
+        ("né 東京 on", ("東",), "né 東", FinishReason.STOP),
+        ("one two three", ("two ",), "one two ", FinishReason.STOP),
+        ("< /search>, </search >, <search>", ("</search>",), "< /search>, </search >, <search>", FinishReason.LENGTH),
+    ],
+)
+def test_where_a_completion_stops(text, stop, expected, reason):
+    ids = prompt(0, 10)
+    loaded = speaking_model(text, ids)
+    engine = engine_for(loaded)
+    length = len(loaded.tokenizer.encode(text, add_special_tokens=False))
+    engine.add(0, ids, Sampling(max_new_tokens=length, temperature=0.0, stop=stop), role=POLICY)
+    completion = run(engine)[0]
+    assert loaded.tokenizer.decode(completion.token_ids, skip_special_tokens=False) == expected
+    assert completion.finish_reason is reason
+    assert engine.stats()[POLICY].decode_tokens == len(completion.token_ids), "nothing is sampled past the stop"
+
+
+def test_stop_strings_inside_long_tokens_and_the_prompt_not_counting():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from zs_fast.rollout.stop import StopStrings
+    from zs_fast.search.codec import Codec
+
+    tokenizer = byte_tokenizer()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("<", "/"), ("c", "h"), ("ch", ">"), ("ch>", "Ċ")]
+    vocab = {piece: index for index, piece in enumerate(alphabet)}
+    for left, right in merges:
+        vocab[left + right] = len(vocab)
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
+    backend.decoder = tokenizer.backend_tokenizer.decoder
+    codec = Codec(backend, chat_template=False)
+    ids = codec.encode_untrusted("xx </search>\nmore")
+    stops = StopStrings(codec)
+    completed = [stops.completed(ids[: end + 1], ("</search>",)) for end in range(len(ids))]
+    assert codec.decode(ids[: completed.index(True) + 1]) == "xx </search>\n"
+
+
+def test_two_roles_share_one_engine_and_even_one_model():
+    policy, simulator = tiny_model("llama"), tiny_model("qwen2", seed=9)
+    engine = TransformersEngine(
+        {POLICY: policy, SIMULATOR: simulator, Role.REFERENCE: policy}, slots=4, max_context_tokens={
+            POLICY: 200, SIMULATOR: 300, Role.REFERENCE: 200,
+        }
+    )  # fmt: skip
+    sampling = Sampling(max_new_tokens=6, seed=2)
+    for role in (POLICY, SIMULATOR, Role.REFERENCE):
+        engine.add(0, prompt(0, 20), sampling, role=role)
+    done = []
+    while engine.num_unfinished:
+        done += engine.step()
+    by_role = {completion.role: bits([completion]) for completion in done}
+    assert by_role[POLICY] == by_role[Role.REFERENCE] != by_role[SIMULATOR]
+    assert by_role[SIMULATOR] == bits(play_alone(simulator, [(prompt(0, 20), sampling)]))
+
+
+def test_slots_are_given_back():
+    engine = engine_for(tiny_model(), slots=2)
+    for row in range(6):
+        engine.add(row, prompt(row, 10), Sampling(max_new_tokens=2), role=POLICY, cache_salt=str(row))
+        engine.end(POLICY, str(row)) if row == 5 else None  # ended while it still waits
+    run(engine)
+    for row in range(5):
+        engine.end(POLICY, str(row))
+    engine.end(POLICY, "never seen")
+    evictions = engine.stats()[POLICY].evictions
+    for row in range(10):
+        engine.add(row, prompt(row, 10), Sampling(max_new_tokens=2), role=POLICY)
+    assert len(run(engine)) == 10
+    assert engine.stats()[POLICY].evictions == evictions
+
+
+def test_kv_memory_is_released_and_taken_again():
+    loaded = tiny_model()
+    engine = engine_for(loaded)
+    turns = [(prompt(0, 30), Sampling(max_new_tokens=5, seed=1)), (prompt(1, 8), Sampling(max_new_tokens=5, seed=2))]
+    expected = bits(play_alone(loaded, turns))
+    engine.add(0, turns[0][0], turns[0][1], role=POLICY, cache_salt="a")
+    with pytest.raises(EngineError, match="unfinished"):
+        engine.release_kv()
+    first = run(engine)[0]
+    assert engine.release_kv() > 0 and engine.release_kv() == 0
+    engine.acquire_kv()
+    engine.add(0, turns[0][0] + list(first.token_ids) + turns[1][0], turns[1][1], role=POLICY, cache_salt="a")
+    assert bits([first, run(engine)[0]]) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_ids": []}, "prompt of 0 tokens"),
+        ({"prompt_ids": [1] * 62}, "62 tokens and asks for 4"),
+        ({"prompt_ids": [1, 10**6]}, "1000000"),
+        ({"prompt_ids": [-1]}, "-1"),
+        ({"sampling": Sampling(max_new_tokens=0)}, "asks for 0"),
+        ({"role": SIMULATOR}, "no model for role"),
+        ({"request_id": 77}, "twice"),
+        ({"cache_salt": "busy"}, "'busy'"),
+    ],
+)
+def test_requests_that_can_not_be_served_are_refused(change, message):
+    engine = engine_for(tiny_model(), limit=64)
+    engine.add(77, [1, 2], Sampling(max_new_tokens=2), role=POLICY, cache_salt="busy")
+    request = {"request_id": 0, "prompt_ids": [1, 2], "sampling": Sampling(max_new_tokens=4), "role": POLICY} | change
+    with pytest.raises(EngineError, match=message):
+        engine.add(request.pop("request_id"), request.pop("prompt_ids"), request.pop("sampling"), **request)
+    assert len(run(engine)) == 1, "a refused request leaves nothing behind"
+
+
+def test_a_context_fills_its_limit_exactly():
+    engine = engine_for(tiny_model(), limit=64)
+    engine.add(0, [1] * 61, Sampling(max_new_tokens=4, temperature=0.0), role=POLICY)
+    assert len(run(engine)[0].token_ids) <= 4
+
+
+def test_a_context_longer_than_the_model_knows_is_refused_at_start():
+    with pytest.raises(PreflightError, match=r"5000 tokens.*4096 positions"):
+        engine_for(tiny_model(), limit=5000)
+    with pytest.raises(EngineError, match=r"engine\.slots"):
+        engine_for(tiny_model(), slots=0)
