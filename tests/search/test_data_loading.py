@@ -174,7 +174,7 @@ def test_hub_id_goes_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_questions("owner/name/nq:dev") == QUESTIONS
     assert calls == [("owner/name", "nq")]
-    with pytest.raises(DataError, match="has no split 'train'. There is dev"):
+    with pytest.raises(DataError, match=r"has no split 'train'. There is dev"):
         load_questions("owner/name/nq")
 
 

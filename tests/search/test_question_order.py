@@ -14,7 +14,7 @@ from zs_fast.search.data import QuestionOrder
 from zs_fast.types import Question
 
 PINNED = [["s:5", "s:4", "s:0", "s:3"], ["s:2", "s:1", "s:0", "s:3"], ["s:1", "s:4", "s:2", "s:5"]]
-EXAMPLES = int(os.environ.get("ZS_HYPOTHESIS_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("ZS_HYPOTHESIS_EXAMPLES", "30"))
 
 
 def make_questions(count: int) -> list[Question]:
@@ -53,7 +53,7 @@ def test_a_step_needs_no_other_step(count_and_size: tuple[int, int], seed: int, 
     assert batch == fresh
 
 
-@pytest.mark.parametrize(("count", "size"), [(24, 8), (25, 8), (10, 7), (9, 8), (8, 8), (13, 1), (700, 64)])
+@pytest.mark.parametrize(("count", "size"), [(24, 8), (25, 8), (10, 7), (9, 8), (8, 8), (13, 1), (200, 64)])
 def test_resume_at_every_step(count: int, size: int) -> None:
     """A 3-epoch run stopped before any step goes on with the same batches: none skipped, none doubled."""
     questions = make_questions(count)
