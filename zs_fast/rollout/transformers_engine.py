@@ -277,14 +277,19 @@ class _Lane:
         return completions
 
     def _admit(self) -> None:
-        """Give slots to waiting requests: first to trajectories that were begun, then in order of arrival."""
+        """Give slots to waiting requests: first to trajectories that were begun, then in order of arrival.
+
+        A new trajectory may evict one that waits for its documents only while fewer than half of the slots are
+        running: below that, idle slots cost more than computing a context again.
+        """
         if not self._waiting:
             return
         self.slots.allocate()
         for begun in (True, False):
             for request in [r for r in self._waiting if bool(r.context.token_ids) == begun]:
                 if request.context.slot is None:
-                    slot = self._take_slot()
+                    half_idle = len(self._running) < max(1, self.slots.num_slots // 2)
+                    slot = self._take_slot(may_evict=begun or half_idle)
                     if slot is None:
                         continue
                     request.context.slot = slot
@@ -303,10 +308,12 @@ class _Lane:
                 self._waiting.remove(request)
                 self._running.append(request)
 
-    def _take_slot(self) -> int | None:
+    def _take_slot(self, *, may_evict: bool) -> int | None:
         """A free slot, else that of the least recently used idle context, which then has to be computed again."""
         if self._free:
             return self._free.pop()
+        if not may_evict:
+            return None
         idle = [context for context in self._contexts.values() if context.slot is not None and not context.busy]
         if not idle:
             return None
