@@ -307,7 +307,7 @@ def test_weight_decay_shrinks_matrices_only() -> None:
 
 
 def test_bfloat16_weights_take_steps_below_their_resolution() -> None:
-    """40 steps of 1e-4 on a weight of 1: each is lost in bfloat16 (spacing 1/128), together they are not."""
+    """80 steps of 1e-4 on a weight of 1: each is lost in bfloat16 (spacing 1/128), together they are not."""
     model = torch.nn.Linear(1, 1, bias=False).to(torch.bfloat16)
     with torch.no_grad():
         model.weight.fill_(1.0)
@@ -318,4 +318,4 @@ def test_bfloat16_weights_take_steps_below_their_resolution() -> None:
         optimizer.clip_gradients()
         optimizer.step()
     assert float(optimizer.state_tensors()["master.weight"]) == pytest.approx(1 - 80 * 1e-4, abs=1e-5)
-    assert float(model.weight) < 1.0
+    assert float(model.weight.detach()) < 1.0
