@@ -233,8 +233,12 @@ def tiny_model(
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.5 / hidden_size**0.5))
             else:
                 parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
-        # Larger embeddings make the next-token distributions differ from token to token.
+        # Logits of spread 1.6 about: neither flat nor certain. A last norm of random signs keeps a tied head from
+        # saying the last token again.
         model.get_input_embeddings().weight.mul_(8)
+        if not tie_word_embeddings:
+            model.get_output_embeddings().weight.mul_(8)
+        model.model.norm.weight.copy_(0.4 * torch.randn(hidden_size, generator=generator))
     model.tie_weights()
     model.to(DTYPES[dtype]).eval()
     return LoadedModel(model=model, tokenizer=tokenizer, path=Path(f"tiny-{kind}"), name=f"tiny-{kind}")
