@@ -31,11 +31,14 @@ COPY = SftConfig(
 BASE = SftConfig(
     steps=1600, batch_size=16, learning_rate=2e-3, warmup_steps=50, final_learning_rate_fraction=0.1, betas=BETAS
 )
+READING = SftConfig(
+    steps=2400, batch_size=16, learning_rate=2e-3, warmup_steps=50, final_learning_rate_fraction=0.02, betas=BETAS
+)
 POLICY = SftConfig(
     steps=250, batch_size=32, learning_rate=4e-4, warmup_steps=20, final_learning_rate_fraction=0.1, betas=BETAS
 )
 SIMULATOR = SftConfig(
-    steps=500, batch_size=32, learning_rate=8e-4, warmup_steps=20, final_learning_rate_fraction=0.1, betas=BETAS
+    steps=350, batch_size=32, learning_rate=8e-4, warmup_steps=20, final_learning_rate_fraction=0.1, betas=BETAS
 )
 
 
@@ -107,8 +110,9 @@ def simulator_example(draws: random.Random, codec: Codec, end: int) -> SftExampl
     return SftExample(input_ids=(*prompt, *documents, end), loss_mask=mask)
 
 
-def base_example(draws: random.Random, codec: Codec, end: int) -> SftExample:
-    if draws.random() < 0.4:
+def base_example(draws: random.Random, codec: Codec, end: int, *, simulator_share: float = 0.4) -> SftExample:
+    """What both models start from: documents written to order, and questions played well."""
+    if draws.random() < simulator_share:
         return simulator_example(draws, codec, end)
     return policy_example(draws, codec, end, only_full=True)
 
@@ -148,6 +152,7 @@ def main() -> None:
         codec, end = Codec(base.tokenizer, chat_template=True), base.tokenizer.eos_token_id
         fine_tune(base, "copy", COPY, lambda draws: copy_example(draws, codec.vocab_size))
         fine_tune(base, "base", BASE, lambda draws: base_example(draws, codec, end))
+        fine_tune(base, "reading", READING, lambda draws: base_example(draws, codec, end, simulator_share=0.25))
         save(base, arguments.base, torch.float32)
     if arguments.only in (None, "policy"):
         policy = load_model(arguments.base)

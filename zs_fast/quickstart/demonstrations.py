@@ -53,8 +53,11 @@ def draw_question(world: World, draws: random.Random, *, two_hop: bool) -> World
             return question
 
 
-def retrieve(world: World, hop: Hop, draws: random.Random, *, found: bool, count: int = DOCUMENTS) -> list[str]:
-    """Passages as a search for `hop` might bring them: the subject's own (if `found`) among others."""
+def retrieve(world: World, hop: Hop, draws: random.Random, *, found: bool, first_share: float) -> list[str]:
+    """Five passages as a search for `hop` might bring them: the subject's own (if `found`) among others.
+
+    It stands first with probability `first_share`, else anywhere.
+    """
     others = [name for name in world.entities if name != hop.subject]
     if not found:
         others = [n for n in others if hop.subject not in world.entities[n].facts.values()]
@@ -63,9 +66,9 @@ def retrieve(world: World, hop: Hop, draws: random.Random, *, found: bool, count
     # A real retriever ranks passages that mention the subject, or look like it, above the rest.
     words = set(hop.subject.split())
     others.sort(key=lambda n: hop.subject not in world.entities[n].facts.values() and not words & set(n.split()))
-    chosen = others[: count - 1] if found else others[:count]
+    chosen = others[: DOCUMENTS - 1] if found else others[:DOCUMENTS]
     if found:
-        chosen.insert(0 if draws.random() < 0.6 else draws.randrange(count), hop.subject)
+        chosen.insert(0 if draws.random() < first_share else draws.randrange(DOCUMENTS), hop.subject)
     return [world.passage(name, draws) for name in chosen]
 
 
@@ -98,7 +101,7 @@ def demonstrate(
             segments.append((_search(f"{thought}I need the {query}.", query), True))
             searches += 1
             found = draws.random() >= noise and query == hop.query
-            segments.append((observation(retrieve(world, hop, draws, found=found)), False))
+            segments.append((observation(retrieve(world, hop, draws, found=found, first_share=0.6)), False))
             if found or searches == 3:
                 break
             thought = "The documents do not say it. "
@@ -130,7 +133,7 @@ def labelled_search(draws: random.Random) -> LabelledSearch:
     question = draw_question(world, draws, two_hop=draws.random() < 0.6)
     mode = draws.choice((SearchMode.USEFUL, SearchMode.NOISY))
     hop = draws.choice(question.hops)
-    documents = retrieve(world, hop, draws, found=mode is SearchMode.USEFUL)
+    documents = retrieve(world, hop, draws, found=mode is SearchMode.USEFUL, first_share=0.9)
     if mode is SearchMode.NOISY:
         documents = [document for document in documents if question.answer not in document]
         while len(documents) < DOCUMENTS:
