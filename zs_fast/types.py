@@ -1,4 +1,4 @@
-"""The plain nouns of the data's walk: Question -> Completion -> Turn -> Trajectory -> Group. No torch, imports nothing of ours."""
+"""The plain nouns of the data's walk: Question -> Completion -> Turn -> Trajectory -> Group. No torch in here."""
 
 from __future__ import annotations
 

@@ -102,6 +102,6 @@ def test_a_missing_model_leaves_no_run_behind(tmp_path):
 
 def test_a_dead_remote_simulator_is_found_before_the_first_rollout(tmp_path):
     remote = {"simulator.kind": "openai", "simulator.url": "http://127.0.0.1:9/v1", "simulator.max_retries": 0}
-    with pytest.raises(PreflightError, match="127.0.0.1:9"):
+    with pytest.raises(PreflightError, match=r"127\.0\.0\.1:9"):
         train(small_run(tmp_path / "run", **remote))
     assert not (tmp_path / "run" / "checkpoints").exists()
