@@ -245,6 +245,8 @@ class RunConfig(Section):
     """Run folder."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Every random draw is a function of this."""
+    threads: NonNegative = 0
+    """CPU threads that torch uses; 0 leaves it to torch. The last bits of a CPU run depend on it."""
     data: str = "quickstart:train"
     """Training questions: parquet, jsonl(.gz), a folder or id of Hugging Face datasets, or `quickstart:train`."""
     model: ModelConfig = ModelConfig()

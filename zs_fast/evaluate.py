@@ -11,10 +11,10 @@ from typing import Any
 
 from zs_fast.config import RunConfig, write_config
 from zs_fast.errors import ConfigError
-from zs_fast.models.load import DTYPES, load_model, resolve_device
+from zs_fast.models.load import DTYPES, load_model
 from zs_fast.rollout.play import Player
 from zs_fast.search.data import QuestionOrder, load_questions
-from zs_fast.setup import build_arena
+from zs_fast.setup import build_arena, use_device
 from zs_fast.system.environment import write_environment
 from zs_fast.system.files import FileOperations, replace_file
 from zs_fast.system.lock import check_writable, run_lock
@@ -61,7 +61,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
         )
     output = config.output or Path("runs") / f"{config.name}_eval"
     questions = evaluation_questions(config)
-    device = resolve_device(config.model.device)
+    device = use_device(config)
     check_writable(output)
     with run_lock(output):
         policy = load_model(config.model.path, dtype=DTYPES[config.model.dtype], device=device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from zs_fast.config import RunConfig, SamplingConfig
-from zs_fast.models.load import DTYPES, LoadedModel, load_model
+from zs_fast.models.load import DTYPES, LoadedModel, load_model, resolve_device
 from zs_fast.rollout.openai_engine import OpenAIEngine
 from zs_fast.rollout.play import Player
 from zs_fast.rollout.transformers_engine import TransformersEngine
@@ -38,6 +38,13 @@ class Arena:
         self.engine.close()
         if self.remote is not None:
             self.remote.close()
+
+
+def use_device(config: RunConfig) -> torch.device:
+    """The device of `model.device`, after setting torch's number of CPU threads."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return resolve_device(config.model.device)
 
 
 def build_arena(

@@ -21,14 +21,14 @@ from zs_fast.learn.algorithms import credit
 from zs_fast.learn.pack import pack
 from zs_fast.learn.roles import Roles, score
 from zs_fast.learn.update import Updater
-from zs_fast.models.load import DTYPES, LoadedModel, load_model, resolve_device
+from zs_fast.models.load import DTYPES, LoadedModel, load_model
 from zs_fast.report.page import write_report
 from zs_fast.report.plots import reward_curve
 from zs_fast.rollout.play import Player
 from zs_fast.search.curriculum import noise_probability
 from zs_fast.search.data import QuestionOrder, load_questions
 from zs_fast.search.statistics import search_statistics
-from zs_fast.setup import build_arena
+from zs_fast.setup import build_arena, use_device
 from zs_fast.system.checkpoint import Checkpoint, CheckpointStore, check_same_run
 from zs_fast.system.environment import write_environment
 from zs_fast.system.files import FileOperations, replace_file
@@ -84,7 +84,7 @@ class _Run:
         # Data first: a bad file must not wait for models to load.
         self.order = QuestionOrder(load_questions(config.data), config.seed)
         self.eval_questions = evaluation_questions(config)
-        device = resolve_device(config.model.device)
+        device = use_device(config)
         self.policy = load_model(config.model.path, dtype=DTYPES[config.model.dtype], device=device)
         reference = self._reference(device)
         if checkpoint:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from zs_fast.search.untrusted import break_strings, clean_document
+from zs_fast.search.untrusted import break_strings, clean_document, without_cut_tag
 
 RESERVED = ("<|im_end|>", "<|im_start|>", "<tool_call>", "[INST]", "[/INST]", "</s>", "<s>")
 HONEST = [
@@ -97,3 +97,10 @@ def test_linear_in_the_text_however_many_strings_are_reserved(unit: str) -> None
             best = min(best, time.process_time() - start)
         times.append(best)
     assert times[1] <= 24 * max(times[0], 1e-3), times
+
+
+@pytest.mark.parametrize("cut", ["a </answer", "a < / Search", "a <information"])
+def test_a_cut_does_not_make_a_tag_of_the_start_of_a_word(cut):
+    assert clean_document(cut + "ed", ()) == cut + "ed"
+    assert without_cut_tag(cut) == "a "
+    assert without_cut_tag(cut + "ed") == cut + "ed"

@@ -14,7 +14,7 @@ from zs_fast.search.codec import AnyCodec
 from zs_fast.search.parser import parse_turn
 from zs_fast.search.prompts import INVALID_ACTION, observation, policy_prompt
 from zs_fast.search.reward import score
-from zs_fast.search.untrusted import clean_document
+from zs_fast.search.untrusted import clean_document, without_cut_tag
 from zs_fast.types import (
     Action,
     Answer,
@@ -214,7 +214,7 @@ def fit_documents(documents: Sequence[str], max_tokens: int, codec: AnyCodec) ->
     room = max(0, max_tokens - (len(ids) - sum(lengths)))
     while True:
         share = _equal_share(lengths, room)
-        text = observation([codec.cut_untrusted(document, share) for document in texts])
+        text = observation([without_cut_tag(codec.cut_untrusted(document, share)) for document in texts])
         ids = codec.encode_untrusted(text)
         if len(ids) <= max_tokens:
             return text, ids

@@ -19,6 +19,8 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 # Possessive repeats: a run of spaces after each `<` is read once, never re-read.
 _PROTOCOL_TAG = re.compile(r"<(?=[\s/]*+(?:think|search|information|answer)\b)", re.IGNORECASE)
 
+_TAG_LEFT_BY_A_CUT = re.compile(r"<[\s/]*+(?:think|search|information|answer)\Z", re.IGNORECASE)
+
 _Tree = dict[str, "_Tree"]
 
 
@@ -34,6 +36,11 @@ def clean_document(text: str, reserved_strings: Iterable[str]) -> str:
     text = _SURROGATES.sub("\ufffd", text)
     text = _PROTOCOL_TAG.sub("&lt;", text)
     return break_strings(text, reserved_strings)
+
+
+def without_cut_tag(text: str) -> str:
+    """A cleaned text that was then cut, without the start of a longer word (`<answered`) that now reads as a tag."""
+    return _TAG_LEFT_BY_A_CUT.sub("", text)
 
 
 def break_strings(text: str, reserved_strings: Iterable[str]) -> str:
