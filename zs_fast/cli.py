@@ -253,7 +253,8 @@ def _print_result(result: object, *, as_json: bool) -> None:
         print(_as_json(values))
     elif isinstance(values, Mapping):
         for name, value in values.items():
-            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+            if not isinstance(value, Mapping):
+                print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
 
 
 def _as_json(value: object) -> str:

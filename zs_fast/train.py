@@ -185,7 +185,12 @@ class _Run:
             started = time.perf_counter()
             evaluation, _ = evaluate(player, self.eval_questions, step=step)
             seconds = time.perf_counter() - started
-            self.log.record(step, evaluation.metrics(f"eval/{name}"), {f"eval/{name}/seconds": seconds})
+            message = (
+                f"{name}: F1 {evaluation.f1:.3f} ({evaluation.f1_low:.3f} to {evaluation.f1_high:.3f}), "
+                f"{evaluation.searches_per_question:.2f} searches per question, {evaluation.num_questions} questions"
+            )
+            metrics, timings = evaluation.metrics(f"eval/{name}"), {f"eval/{name}/seconds": seconds}
+            self.log.record(step, metrics, timings, message=message)
             when = "before" if step == 0 else "after"
             self.evaluations.setdefault(name, {})[when] = _jsonable(evaluation)
 

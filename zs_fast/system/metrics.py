@@ -65,15 +65,17 @@ class RunLog:
             self._writers["rollouts.jsonl"].append(rollout_row(step, trajectory, self._decode))
         self._screen.step(step, metrics, timings)
 
-    def record(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float] | None = None) -> None:
+    def record(
+        self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float] | None = None, *, message: str = ""
+    ) -> None:
         """Record numbers beside the steps, such as an evaluation after `step` finished steps.
 
-        To be kept on resume, record what belongs to a step before the checkpoint of that step is saved. Names with more
-        than three parts (those of single data sources) are left off the screen.
+        To be kept on resume, record what belongs to a step before the checkpoint of that step is saved. `message` is
+        what the screen shows in place of the numbers.
         """
         self._append(step, metrics, timings or {})
-        shown = [f"{key} {float(value):.4g}" for key, value in metrics.items() if key.count("/") <= 2]
-        self._screen.note(f"after step {step}: " + "  ".join(shown))
+        shown = message or "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+        self._screen.note(f"after step {step}: {shown}")
 
     def note(self, message: str) -> None:
         """One line for a person; goes to the screen only."""
