@@ -12,7 +12,7 @@ from typing import Any
 from zs_fast.config import RunConfig, write_config
 from zs_fast.errors import ConfigError
 from zs_fast.models.load import DTYPES, load_model
-from zs_fast.rollout.play import Player
+from zs_fast.rollout.play import Player, Progress
 from zs_fast.search.data import QuestionOrder, load_questions
 from zs_fast.setup import build_arena, use_device
 from zs_fast.system.environment import write_environment
@@ -98,11 +98,13 @@ def evaluation_questions(config: RunConfig) -> list[Question]:
     return QuestionOrder(questions, config.seed).batch(0, min(count, len(questions)))
 
 
-def evaluate(player: Player, questions: Sequence[Question], *, step: int) -> tuple[Evaluation, list[Trajectory]]:
+def evaluate(
+    player: Player, questions: Sequence[Question], *, step: int, on_progress: Progress | None = None
+) -> tuple[Evaluation, list[Trajectory]]:
     """Play every question once with `player` (whose group size is 1) and no noise."""
     for question in questions:
         player.submit(question, step=step, noise_probability=0.0)
-    trajectories = [group.trajectories[0] for group in player.collect(len(questions))]
+    trajectories = [group.trajectories[0] for group in player.collect(len(questions), on_progress=on_progress)]
     return summarise(trajectories), trajectories
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from zs_fast.config import RunConfig, write_config
-from zs_fast.errors import ConfigError
+from zs_fast.errors import ConfigError, EngineError, SimulatorError
 from zs_fast.evaluate import Evaluation, evaluate, evaluation_questions
 from zs_fast.learn.algorithms import credit
 from zs_fast.learn.pack import pack
@@ -24,7 +25,7 @@ from zs_fast.learn.update import Updater
 from zs_fast.models.load import DTYPES, LoadedModel, load_model
 from zs_fast.report.page import write_report
 from zs_fast.report.plots import reward_curve
-from zs_fast.rollout.play import Player
+from zs_fast.rollout.play import Player, Progress
 from zs_fast.search.curriculum import noise_probability
 from zs_fast.search.data import QuestionOrder, load_questions
 from zs_fast.search.statistics import search_statistics
@@ -81,8 +82,9 @@ class _Run:
         self.config, self.output, self.store = config, output, store
         self.first_step = checkpoint.step + 1 if checkpoint else 1
         self.started = time.perf_counter()
-        # Data first: a bad file must not wait for models to load.
+        # Data first: a bad file must not wait for models to load, nor too small a one for an evaluation.
         self.order = QuestionOrder(load_questions(config.data), config.seed)
+        self.order.batch(0, config.train.questions_per_step)
         self.eval_questions = evaluation_questions(config)
         device = use_device(config)
         self.policy = load_model(config.model.path, dtype=DTYPES[config.model.dtype], device=device)
@@ -98,6 +100,8 @@ class _Run:
         )
         self.memory = Memory(device)
         self.evaluations: dict[str, dict[str, Any]] = {}
+        self.saved_step = self.evaluated_step = self.first_step - 1
+        self.earlier_seconds = 0.0
         if checkpoint:
             self._restore(checkpoint)
         self.log = stack.enter_context(
@@ -117,13 +121,13 @@ class _Run:
 
     def loop(self) -> dict[str, Any]:
         config, log = self.config, self.log
-        if self.first_step == 1 and config.eval.at_start:
-            self._evaluate(0)
+        self._evaluate_before_the_loop(self.first_step - 1)
         for step in range(self.first_step, config.train.steps + 1):
             noise = noise_probability(step, config.curriculum, config.train.steps)
             questions = self.order.batch(step - 1, config.train.questions_per_step)
-            with self.memory.phase(Phase.ROLLOUT):
-                groups = play(self.arena.training_player, questions, step=step, noise=noise)
+            with self._kept_on_failure(step - 1), self.memory.phase(Phase.ROLLOUT):
+                progress = partial(log.progress, "rollout")
+                groups = play(self.arena.training_player, questions, step=step, noise=noise, on_progress=progress)
             packed = pack(groups, token_budget=config.train.token_budget, mask=config.algorithm.mask_stop_reasons)
             with self.memory.phase(Phase.SCORE):
                 scored = score(packed, self.roles)
@@ -135,12 +139,34 @@ class _Run:
             metrics = {"curriculum/noise_probability": noise} | rollout_metrics(groups) | search_statistics(searches)
             timings = self.memory.take()
             log.step(step, metrics | dict(stats.values), timings | self._rates(groups, timings), groups)
-            is_last = step == config.train.steps
-            if is_last or (config.train.eval_every and step % config.train.eval_every == 0):
-                self._evaluate(step)
-            if is_last or (config.train.save_every and step % config.train.save_every == 0):
+            if self._is_due(config.train.eval_every, step):
+                with self._kept_on_failure(step):
+                    self._evaluate(step)
+            if self._is_due(config.train.save_every, step):
                 self._save(step)
         return self._finish()
+
+    def _is_due(self, every: int, step: int) -> bool:
+        return step == self.config.train.steps or (every > 0 and step % every == 0)
+
+    def _evaluate_before_the_loop(self, step: int) -> None:
+        """The evaluation of the start; on resume, one that was due after `step` steps and was not finished."""
+        if step == 0:
+            if self.config.eval.at_start:
+                self._evaluate(0)
+        elif self.evaluated_step < step and self._is_due(self.config.train.eval_every, step):
+            self._evaluate(step)
+            self._save(step)
+
+    @contextmanager
+    def _kept_on_failure(self, step: int) -> Iterator[None]:
+        """Save the `step` finished steps when the engine or the simulator fails in the block, or a person stops it."""
+        try:
+            yield
+        except (EngineError, SimulatorError, KeyboardInterrupt):
+            if step > self.saved_step:
+                self._save(step)
+            raise
 
     def _reference(self, device: Any) -> LoadedModel | None:
         """The policy as it was before the first step; loaded only when the KL term is used."""
@@ -157,6 +183,8 @@ class _Run:
         self.updater.load_state_tensors(checkpoint.tensors())
         self.updater.load_state(checkpoint.state["updater"])
         self.evaluations = dict(checkpoint.state["evaluations"])
+        self.evaluated_step = checkpoint.state.get("evaluated_step", checkpoint.step)
+        self.earlier_seconds = checkpoint.state.get("seconds", 0.0)
         self.publisher.publish(checkpoint.step)
 
     def _save(self, step: int) -> None:
@@ -174,17 +202,26 @@ class _Run:
                 "config": self.config.model_dump(mode="json"),
                 "updater": self.updater.state(),
                 "evaluations": self.evaluations,
+                "evaluated_step": self.evaluated_step,
+                "seconds": self._seconds(),
             },
         )
+        self.saved_step = step
         for warning in self.store.warnings:
             self.log.note(warning)
 
     def _evaluate(self, step: int) -> None:
-        """Play the evaluation questions against each search of `eval.search`; recorded as of `step` finished steps."""
+        """Play the evaluation questions against each search of `eval.search`; recorded as of `step` finished steps.
+
+        Recorded once all are played, so that a resume finds every one of them or none.
+        """
+        played = []
         for name, player in self.arena.evaluation_players.items() if self.eval_questions else ():
             started = time.perf_counter()
-            evaluation, _ = evaluate(player, self.eval_questions, step=step)
-            seconds = time.perf_counter() - started
+            progress = partial(self.log.progress, f"evaluation, {name}")
+            evaluation, _ = evaluate(player, self.eval_questions, step=step, on_progress=progress)
+            played.append((name, evaluation, time.perf_counter() - started))
+        for name, evaluation, seconds in played:
             message = (
                 f"{name}: F1 {evaluation.f1:.3f} ({evaluation.f1_low:.3f} to {evaluation.f1_high:.3f}), "
                 f"{evaluation.searches_per_question:.2f} searches per question, {evaluation.num_questions} questions"
@@ -193,6 +230,11 @@ class _Run:
             self.log.record(step, metrics, timings, message=message)
             when = "before" if step == 0 else "after"
             self.evaluations.setdefault(name, {})[when] = _jsonable(evaluation)
+        self.evaluated_step = step
+
+    def _seconds(self) -> float:
+        """Of this process and, after a resume, of those before it up to their last checkpoint."""
+        return self.earlier_seconds + time.perf_counter() - self.started
 
     def _rates(self, groups: Sequence[Group], timings: dict[str, float]) -> dict[str, float]:
         """Seconds of the step, and tokens per second: of all tokens, and of what each phase worked on.
@@ -220,7 +262,7 @@ class _Run:
             "name": self.config.name,
             "seed": self.config.seed,
             "steps": self.config.train.steps,
-            "seconds": round(time.perf_counter() - self.started, 2),
+            "seconds": round(self._seconds(), 2),
         }
         for name, results in self.evaluations.items():
             for when, result in results.items():
@@ -232,11 +274,13 @@ class _Run:
         return summary
 
 
-def play(player: Player, questions: Sequence[Question], *, step: int, noise: float) -> list[Group]:
+def play(
+    player: Player, questions: Sequence[Question], *, step: int, noise: float, on_progress: Progress | None = None
+) -> list[Group]:
     """One step's groups, in the order of the questions."""
     for question in questions:
         player.submit(question, step=step, noise_probability=noise)
-    return player.collect(len(questions))
+    return player.collect(len(questions), on_progress=on_progress)
 
 
 def _summary_key(name: str, when: str) -> str:

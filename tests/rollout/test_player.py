@@ -79,6 +79,19 @@ def test_there_is_no_barrier_between_turns():
     assert len(player.collect(2)) == 2
 
 
+def test_progress_counts_the_trajectories_that_were_asked_for():
+    draws = random.Random(0)
+    engine = ScriptedEngine({Role.POLICY: policy}, CODEC, steps_needed=lambda _: draws.randint(1, 9))
+    player = player_for(engine, ScriptedSearch(documents))
+    for question in questions(4):
+        player.submit(question, step=1, noise_probability=0.0)
+    told = []
+    player.collect(3, on_progress=lambda done, total: told.append((done, total)))
+    counts = [done for done, _ in told]
+    assert counts[0] == 0 and counts[-1] == 6 and counts == sorted(set(counts)) and len(counts) > 3
+    assert {total for _, total in told} == {6}, "the fourth question is none of this call's"
+
+
 def test_later_groups_stay_for_the_next_collect():
     engine = ScriptedEngine({Role.POLICY: policy}, CODEC)
     player = player_for(engine, ScriptedSearch(documents))

@@ -7,7 +7,7 @@ others do.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -24,6 +24,9 @@ from zs_fast.types import Completion, Group, Question, Role, Sampling, SearchReq
 STALL_TIMEOUT_S = 900.0
 """Longest wait without any completion or search result while only searches are under way."""
 IDLE_SLEEP_S = 0.002
+
+Progress = Callable[[int, int], None]
+"""Is told (trajectories finished, trajectories asked for)."""
 
 
 class JournalKey(NamedTuple):
@@ -147,7 +150,7 @@ class Player:
             self._group_of[id(playing)] = group
             self._advance(playing)
 
-    def collect(self, num_groups: int) -> list[Group]:
+    def collect(self, num_groups: int, *, on_progress: Progress | None = None) -> list[Group]:
         """Play until the first `num_groups` submitted groups are finished; return those, in order of submission.
 
         Later groups advance meanwhile and stay for the next call. Raises SimulatorError when more than
@@ -157,7 +160,15 @@ class Player:
         if num_groups > len(self._groups):
             raise EngineError(f"collect({num_groups}) of {len(self._groups)} submitted groups: submit more questions.")
         last_progress = time.monotonic()
-        while any(group.num_unfinished for group in self._groups[:num_groups]):
+        asked, reported = self._groups[:num_groups], -1
+        num_asked = sum(len(group.trajectories) for group in asked)
+        while True:
+            num_finished = num_asked - sum(group.num_unfinished for group in asked)
+            if on_progress is not None and num_finished > reported:
+                on_progress(num_finished, num_asked)
+                reported = num_finished
+            if num_finished == num_asked:
+                break
             started = time.monotonic()
             if self._play_on():
                 last_progress = time.monotonic()
