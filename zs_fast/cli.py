@@ -157,8 +157,13 @@ def _eval(config: RunConfig, switches: set[str]) -> object:
 
 def _sft(config: RunConfig, switches: set[str]) -> object:
     from zs_fast.learn.sft import sft_command
+    from zs_fast.system.lock import check_writable, run_lock
+    from zs_fast.train import output_folder
 
-    return sft_command(config)
+    output = output_folder(config)
+    check_writable(output)
+    with run_lock(output):
+        return sft_command(config)
 
 
 @dataclass(frozen=True, slots=True)

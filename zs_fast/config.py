@@ -174,7 +174,7 @@ class EvalConfig(Section):
     """The evaluation at the start, during and at the end of training, and of `zs-fast eval`."""
 
     data: str = ""
-    """Questions; the same forms as `data`. Empty: `quickstart:heldout` for the quickstart, else no evaluation."""
+    """Questions; the same forms as `data`. Empty: no evaluation."""
     questions: NonNegative = 0
     """First n questions in seeded order; 0 takes all."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.0

@@ -60,6 +60,10 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
             "--eval.data quickstart:heldout."
         )
     output = config.output or Path("runs") / f"{config.name}_eval"
+    if (output / "checkpoints").exists():
+        raise ConfigError(
+            f"{output} holds a training run, whose config.toml an evaluation would replace. Choose another --output."
+        )
     questions = evaluation_questions(config)
     device = use_device(config)
     check_writable(output)

@@ -22,7 +22,7 @@ from zs_fast.learn.algorithms import credit
 from zs_fast.learn.pack import pack
 from zs_fast.learn.roles import Roles, score
 from zs_fast.learn.update import Updater
-from zs_fast.models.load import DTYPES, LoadedModel, load_model
+from zs_fast.models.load import DTYPES, LoadedModel, load_model, save_model
 from zs_fast.report.page import write_report
 from zs_fast.report.plots import reward_curve
 from zs_fast.rollout.play import Player, Progress
@@ -189,14 +189,9 @@ class _Run:
 
     def _save(self, step: int) -> None:
         self.log.sync()
-
-        def write_model(folder: Path) -> None:
-            self.policy.model.save_pretrained(folder)
-            self.policy.tokenizer.save_pretrained(folder)
-
         self.store.save(
             step,
-            write_model=write_model,
+            write_model=partial(save_model, self.policy),
             tensors=self.updater.state_tensors(),
             state={
                 "config": self.config.model_dump(mode="json"),

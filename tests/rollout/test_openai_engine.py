@@ -341,6 +341,12 @@ def test_a_url_that_is_none_is_refused(url):
         OpenAIEngine(SimulatorConfig(kind="openai", url=url))
 
 
+def test_a_password_in_the_address_is_refused_and_not_repeated():
+    with pytest.raises(PreflightError, match=r"simulator\.api_key_env") as caught:
+        OpenAIEngine(SimulatorConfig(kind="openai", url="https://me:secret51c7@127.0.0.1:9/v1"))
+    assert "secret51c7" not in str(caught.value)
+
+
 def test_a_server_that_dies_in_mid_run_fails_every_open_request():
     async def reply(request, body, number):
         await asyncio.sleep(60)

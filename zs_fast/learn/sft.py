@@ -21,7 +21,7 @@ from zs_fast.learn.optimizer import Optimizer, Schedule
 from zs_fast.learn.pack import TokenSequence, pack_tokens
 from zs_fast.learn.policy import logprobs_at_loss_tokens
 from zs_fast.learn.sft_data import SftExample, encode_conversation, read_conversations
-from zs_fast.models.load import DTYPES, LoadedModel, load_model, resolve_device
+from zs_fast.models.load import DTYPES, LoadedModel, load_model, resolve_device, save_model
 from zs_fast.system.seeds import seed_for
 
 
@@ -152,6 +152,8 @@ def sft_command(config: RunConfig) -> dict[str, Any]:
         raise ConfigError(f"{folder} exists already. Choose another --output, or remove the folder.")
     if config.data.startswith("quickstart:"):
         raise DataError(f"data is {config.data!r}, which holds questions, not examples. Give --data FILE.jsonl.")
+    if config.threads:
+        torch.set_num_threads(config.threads)
     conversations = read_conversations(config.data)
     model = load_model(config.model.path, dtype=DTYPES[config.model.dtype], device=resolve_device(config.model.device))
     examples = [
@@ -171,9 +173,11 @@ def sft_command(config: RunConfig) -> dict[str, Any]:
             if step.step % every == 0 or step.step in (1, config.sft.steps):
                 print(f"step {step.step}/{config.sft.steps}  loss {step.loss:.4f}", flush=True)
 
-        losses = train_sft(model, examples, config.sft, seed=config.seed, on_step=on_step)
-    model.model.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
+        try:
+            losses = train_sft(model, examples, config.sft, seed=config.seed, on_step=on_step)
+        except DataError as error:
+            raise DataError(f"{config.data}: {error}") from error
+    save_model(model, folder)
     return {
         "model": str(folder),
         "examples": len(examples) - skipped,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from zs_fast.errors import PreflightError
 from zs_fast.models.attention import ATTENTION_NAME
@@ -106,14 +109,15 @@ def load_model(
         config = AutoConfig.from_pretrained(folder, **where)
         check_supported(config, name)
         tokenizer = AutoTokenizer.from_pretrained(folder, **where)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch_dtype,
-            attn_implementation=ATTENTION_NAME,
-            output_loading_info=True,
-            **where,
-            **weights,
-        )
+        with _without_progress_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch_dtype,
+                attn_implementation=ATTENTION_NAME,
+                output_loading_info=True,
+                **where,
+                **weights,
+            )
     except _LOAD_ERRORS as error:
         raise PreflightError(
             f"Model {name!r} ({source}) can't be loaded: {type(error).__name__}: {_first_line(error)} "
@@ -133,6 +137,25 @@ def load_model(
         _forget_gguf(model)
     model.to(torch_device).eval()
     return LoadedModel(model=model, tokenizer=tokenizer, path=source, name=name)
+
+
+def save_model(loaded: LoadedModel, folder: Path) -> None:
+    """Write model and tokenizer as a Hugging Face folder, which `load_model` and others read."""
+    with _without_progress_bars():
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep transformers' own bars off the terminal: the screen is the run's, and stderr is for errors."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
 
 
 def check_supported(config: Any, name: str) -> None:

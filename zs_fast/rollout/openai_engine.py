@@ -75,6 +75,11 @@ class OpenAIEngine:
             raise PreflightError(
                 f"simulator.url is {simulator.url!r}; it must look like http://127.0.0.1:6001/v1 or https://host/v1."
             )
+        if url.username or url.password:
+            raise PreflightError(
+                f"simulator.url holds a name or password before {url.hostname}; it would stand in config.toml and "
+                "logs. Leave it out, and put the key into the environment variable that simulator.api_key_env names."
+            )
         loopback = _is_loopback(url.hostname)
         key = os.environ.get(simulator.api_key_env, "")
         self._withheld = bool(key) and url.scheme == "http" and not loopback

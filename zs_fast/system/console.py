@@ -92,7 +92,8 @@ class LiveScreen:
             console=console,
         )
         self._run_bar = self._bars.add_task(name, total=total_steps or None)
-        self._phase_bar = self._bars.add_task("starting", total=None)
+        self._phase = "starting"
+        self._phase_bar = self._bars.add_task(self._phase, total=None)
         self._live = Live(self._render(), console=console, refresh_per_second=4, transient=False)
         self._live.start()
 
@@ -102,6 +103,9 @@ class LiveScreen:
         self._live.update(self._render())
 
     def progress(self, label: str, done: int, total: int) -> None:
+        if label != self._phase or done == 0:
+            self._bars.reset(self._phase_bar)  # its clock too
+        self._phase = label
         self._bars.update(self._phase_bar, description=label, completed=done, total=total)
 
     def note(self, message: str) -> None:
