@@ -26,8 +26,9 @@ $(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc
 	$(BIN)/zs-fast doctor --brief
 	touch $(STAMP)
 
+# --resume: a second call goes on where the first was stopped, or shows the result of a finished run.
 quickstart: $(STAMP)
-	env -u OMP_NUM_THREADS $(BIN)/zs-fast train quickstart
+	env -u OMP_NUM_THREADS $(BIN)/zs-fast train quickstart --resume
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS)
