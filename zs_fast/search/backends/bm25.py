@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from importlib import resources
@@ -25,8 +26,8 @@ def load_passages(spec: str) -> list[str]:
     if spec == "quickstart:world":
         path = Path(str(resources.files("zs_fast.quickstart") / "world" / "passages.jsonl"))
     else:
-        path = Path(spec)
-    if not path.is_file():
+        path = Path(os.path.expanduser(spec))
+    if not os.path.isfile(path):
         raise DataError(f"corpus file {path} does not exist. Give a jsonl or jsonl.gz file, or quickstart:world.")
     passages: list[str] = []
     opener = gzip.open if path.suffix == ".gz" else open
@@ -35,7 +36,7 @@ def load_passages(spec: str) -> list[str]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     passages.append(_passage(line, f"{path}, line {number}"))
-    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
         raise DataError(f"corpus file {path} can't be read as UTF-8 jsonl(.gz): {error}") from error
     if not passages:
         raise DataError(f"corpus file {path} holds no passages.")
