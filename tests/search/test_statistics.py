@@ -28,8 +28,8 @@ def test_shares_are_counted_per_mode_and_failures_apart() -> None:
         result(useful, found=True, malformed=True),
         result(useful),
         result(useful, failed=True),
-        result(noisy, found=True),
-        result(noisy),
+        result(noisy, found=True, malformed=True),
+        result(noisy, malformed=True),
         result(noisy),
         result(noisy),
     ]
@@ -37,11 +37,13 @@ def test_shares_are_counted_per_mode_and_failures_apart() -> None:
         "search/count": 8.0,
         "search/failed_share": 1 / 8,
         "search/noise_rate": 4 / 8,
-        "search/malformed_share": 1 / 7,
+        "search/malformed_share": 3 / 7,
         "search/documents": 2.0,
         "search/generated_tokens": 10.0,
         "search/useful_contains_answer": 2 / 3,
+        "search/useful_malformed_share": 1 / 3,
         "search/noisy_contains_answer": 1 / 4,
+        "search/noisy_malformed_share": 2 / 4,
     }
 
 
@@ -61,6 +63,8 @@ def test_a_real_backend_has_no_noise_rate() -> None:
     statistics = search_statistics([result(SearchMode.REAL, found=True), result(SearchMode.REAL)])
     assert "search/noise_rate" not in statistics
     assert statistics["search/real_contains_answer"] == 0.5
+    assert statistics["search/real_malformed_share"] == 0.0
+    assert not [name for name in statistics if "useful" in name or "noisy" in name]
 
 
 def test_order_has_no_part_in_it() -> None:

@@ -12,7 +12,8 @@ def search_statistics(results: Sequence[SearchResult]) -> dict[str, float]:
 
     `search/count` and, once there is a search, `search/failed_share`. Over the searches that did not fail:
     `search/malformed_share`, `search/documents` and `search/generated_tokens` (means per search), and for each mode
-    that occurred `search/<mode>_contains_answer` (share of results with a gold answer in any document).
+    that occurred `search/<mode>_contains_answer` (share of results with a gold answer in any document) and
+    `search/<mode>_malformed_share`.
     `search/noise_rate` is the realised share of noisy draws among all simulated searches, failed ones included.
     A share of nothing has no value, so its key is absent.
     """
@@ -30,9 +31,10 @@ def search_statistics(results: Sequence[SearchResult]) -> dict[str, float]:
     statistics["search/documents"] = sum(len(result.documents) for result in served) / len(served)
     statistics["search/generated_tokens"] = sum(result.num_generated_tokens for result in served) / len(served)
     for mode in SearchMode:
-        found = [result.contains_answer for result in served if result.mode is mode]
-        if found:
-            statistics[f"search/{mode}_contains_answer"] = _share(found)
+        of_mode = [result for result in served if result.mode is mode]
+        if of_mode:
+            statistics[f"search/{mode}_contains_answer"] = _share([result.contains_answer for result in of_mode])
+            statistics[f"search/{mode}_malformed_share"] = _share([result.malformed for result in of_mode])
     return statistics
 
 
