@@ -162,6 +162,83 @@ def test_shuffled_dataset_is_read_in_its_own_order(tmp_path: Path) -> None:
     assert load_questions(str(tmp_path / "set")) == [QUESTIONS[2], QUESTIONS[0], QUESTIONS[1]]
 
 
+def shard(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), folder / name)
+    else:
+        content = json_lines(rows).encode()
+        (folder / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+
+
+@pytest.mark.parametrize("place", ["", "data/"])
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz"])
+def test_data_set_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, suffix: str) -> None:
+    """Shards by number, splits by name; what else lies there is neither run nor read, and `datasets` isn't needed."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    shard(tmp_path, f"{place}train-00001-of-00002.{suffix}", ROWS[2:])
+    shard(tmp_path, f"{place}train-00000-of-00002.{suffix}", ROWS[:2])
+    shard(tmp_path, f"{place}test.{suffix}", ROWS[:1])
+    shard(tmp_path, f"{place}dev-00000-of-00001-0a1b2c.{suffix}", ROWS[1:])
+    write(tmp_path, f"{place}.train.jsonl", "not data")
+    write(tmp_path, f"{tmp_path.name}.py", "raise SystemExit('a loading script was run')")
+    write(tmp_path, "README.md", "---\nconfigs:\n- config_name: default\n  data_files: /etc/passwd\n---\n")
+    assert load_questions(str(tmp_path)) == load_questions(f"{tmp_path}:train") == QUESTIONS
+    assert load_questions(f"{tmp_path}:test") == QUESTIONS[:1]
+    assert load_questions(f"{tmp_path}:dev") == QUESTIONS[1:]
+    with pytest.raises(DataError, match=r"has no split 'validation'. There is dev, test, train; name one as :split"):
+        load_questions(f"{tmp_path}:validation")
+
+
+def test_repository_rows_without_source_and_id_count_over_all_shards(tmp_path: Path) -> None:
+    rows = [row | {"golden_answers": ["2001-01-01"]} for row in without(ROWS, "id", "data_source")]
+    for number in range(3):
+        shard(tmp_path, f"nq/train-{number:05}-of-00003.jsonl", rows[number : number + 1])
+    questions = load_questions(str(tmp_path / "nq"))
+    assert [question.id for question in questions] == ["nq:1", "nq:2", "nq:3"]
+    assert {question.answers for question in questions} == {("2001-01-01",)}
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_a_bad_row_of_a_repository_names_its_shard(tmp_path: Path, suffix: str) -> None:
+    shard(tmp_path, f"data/train-00000-of-00002.{suffix}", ROWS[:2])
+    shard(tmp_path, f"data/train-00001-of-00002.{suffix}", [ROWS[2], ROWS[2] | {"id": "b", "question": None}])
+    with pytest.raises(
+        DataError, match=rf"data, train-00001-of-00002.{suffix}, (row|line) 2, field 'question': is null"
+    ):
+        load_questions(str(tmp_path))
+    shard(tmp_path, f"data/train-00001-of-00002.{suffix}", ROWS[:1])
+    with pytest.raises(DataError, match=rf"is a duplicate of train-00000-of-00002.{suffix}, (row|line) 1 "):
+        load_questions(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00002.parquet"],
+        ["train-00000-of-00002.parquet", "train-00001-of-00003.parquet"],
+        ["train-00000-of-00002.parquet", "train-00001-of-00002.jsonl"],
+        ["train-00000-of-00001.jsonl", "train-00000-of-00001-0a.jsonl"],
+        ["train.jsonl", "train.parquet"],
+        ["train.jsonl", "train-00000-of-00001.jsonl"],
+        ["train-00000-of-99999999999.jsonl"],
+    ],
+)
+def test_a_split_that_is_not_whole(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        shard(tmp_path, name, ROWS)
+    with pytest.raises(DataError, match=r"'train' must be one file, or all shards .*There is train"):
+        load_questions(str(tmp_path))
+
+
+def test_a_repository_of_several_sets_asks_for_one(tmp_path: Path) -> None:
+    for name in ("nq", "hotpotqa"):
+        shard(tmp_path, f"{name}/train.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"the folders in it: hotpotqa, nq\."):
+        load_questions(str(tmp_path))
+    assert load_questions(f"{tmp_path}/nq:train") == QUESTIONS
+
+
 def test_hub_id_goes_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     calls: list[tuple[Any, ...]] = []

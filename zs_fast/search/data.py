@@ -17,8 +17,10 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,8 @@ MAX_ID_CHARACTERS = 512
 WORLD_FOLDER = Path(__file__).parent.parent / "quickstart" / "world"
 QUICKSTART = {"quickstart:train": "train.jsonl", "quickstart:heldout": "heldout.jsonl"}
 ACCEPTED = (
-    f"Give a file ({', '.join(PARQUET_SUFFIXES + JSON_LINES_SUFFIXES)}), a folder written by datasets.save_to_disk, "
-    f"a hub id such as owner/name:split, or one of {', '.join(QUICKSTART)}."
+    f"Give a file ({', '.join(PARQUET_SUFFIXES + JSON_LINES_SUFFIXES)}), a folder of such files or one written by "
+    f"datasets.save_to_disk, a hub id such as owner/name:split, or one of {', '.join(QUICKSTART)}."
 )
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -68,8 +70,9 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 def load_questions(spec: str) -> list[Question]:
     """The questions that `spec` names, in file order; at least one. Raises DataError (see the module docstring).
 
-    `spec`: a ZeroSearch or Search-R1 .parquet, a FlashRAG .jsonl or .jsonl.gz, a folder written by
-    `datasets.save_to_disk`, a hub id `owner/name[/configuration][:split]`, `quickstart:train` or `quickstart:heldout`.
+    `spec`: a ZeroSearch or Search-R1 .parquet, a FlashRAG .jsonl or .jsonl.gz, a local copy of a data set
+    repository or a folder written by `datasets.save_to_disk` (`folder[:split]` both), a hub id
+    `owner/name[/configuration][:split]`, `quickstart:train` or `quickstart:heldout`.
     """
     if spec in QUICKSTART:
         return _load_file(WORLD_FOLDER / QUICKSTART[spec])
@@ -82,7 +85,7 @@ def load_questions(spec: str) -> list[Question]:
         if path.is_file():
             return _load_file(path)
         if Path(folder).is_dir():
-            return _load_table(hub.open_folder(Path(folder), split))
+            return _load_folder(Path(folder), split)
         if path.exists():
             raise DataError(f"{path}: is neither a file nor a folder. {ACCEPTED}")
     except OSError as error:
@@ -102,28 +105,42 @@ def _nearest(path: Path) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
+def _load_folder(folder: Path, split: str | None) -> list[Question]:
+    if hub.is_saved(folder):
+        return _load_table(hub.open_folder(folder, split))
+    paths = hub.repository_files(folder, split)
+    label = paths[0] if len(paths) == 1 else paths[0].parent
+    return _load_files(str(label), folder.resolve().name, paths)
+
+
 def _load_file(path: Path) -> list[Question]:
-    name = path.name.split(".")[0]
-    if is_parquet(path):
-        schema = parquet_schema(path)
-        fields = _choose_fields(str(path), "all rows", schema.names, lambda field: _in_schema(schema, field))
-        return _questions(str(path), name, fields, read_parquet(path, fields.columns))
-    if not is_json_lines(path):
+    if not is_parquet(path) and not is_json_lines(path):
         raise DataError(f"{path}: the name ends in {path.suffix!r}, which says no known format. {ACCEPTED}")
     if not path.is_file():
         raise DataError(f"{path}: there is no such file.")
-    rows = read_json_lines(path)
+    return _load_files(str(path), path.name.split(".")[0], [path])
+
+
+def _load_files(label: str, name: str, paths: Sequence[Path]) -> list[Question]:
+    """One data set out of files of one format, in this order; the first one decides about the fields."""
+    if is_parquet(paths[0]):
+        schema, *_ = [parquet_schema(path) for path in paths]
+        fields = _choose_fields(str(paths[0]), "all rows", schema.names, lambda field: _in_schema(schema, field))
+        return _questions(label, name, fields, _read(paths, partial(read_parquet, columns=fields.columns)))
+    rows = _read(paths, read_json_lines)
     first = next(rows, None)
     if first is None:
-        raise DataError(f"{path}: holds 0 rows.")
+        raise DataError(f"{label}: holds 0 rows.")
     where, row = first
-    fields = _choose_fields(str(path), where, list(row), lambda field: _in_row(row, field))
-    return _questions(str(path), name, fields, _chain(first, rows))
+    fields = _choose_fields(label, where, list(row), lambda field: _in_row(row, field))
+    return _questions(label, name, fields, chain([first], rows))
 
 
-def _chain(first: Row, rows: Iterable[Row]) -> Iterable[Row]:
-    yield first
-    yield from rows
+def _read(paths: Sequence[Path], read: Callable[[Path], Iterable[Row]]) -> Iterator[Row]:
+    """The rows of all files; where there are several, a row's place names its file."""
+    for path in paths:
+        for where, row in read(path):
+            yield (f"{path.name}, {where}" if len(paths) > 1 else where), row
 
 
 def _load_table(table: hub.Table) -> list[Question]:
