@@ -79,10 +79,11 @@ def repository_files(folder: Path, split: str | None) -> list[Path]:
             return _whole_split(place, *_one_split(str(folder), found, split))
     suffixes = ", ".join(PARQUET_SUFFIXES + JSON_LINES_SUFFIXES)
     inner = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    shown = ", ".join(inner[:_FOLDERS_SHOWN]) + (", ..." if len(inner) > _FOLDERS_SHOWN else "")
+    shown = ", ".join(inner[:_FOLDERS_SHOWN]) + (" and others" if len(inner) > _FOLDERS_SHOWN else "")
     raise DataError(
         f"{folder}: is a folder without dataset_info.json or dataset_dict.json, so not one that datasets.save_to_disk "
-        f"wrote, and neither it nor its folder data holds a file in {suffixes}. Name a file or folder that does{f'; the folders in it: {shown}' if shown else ''}."
+        f"wrote, and neither it nor its folder data holds a file in {suffixes}. Name a "
+        f"file or folder that does{'; the folders in it: ' if shown else ''}{shown}."
     )
 
 
