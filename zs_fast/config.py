@@ -41,8 +41,8 @@ class SimulatorConfig(Section):
     """Who answers the searches in training, and how it is asked."""
 
     kind: Literal["model", "policy", "openai", "bm25"] = "model"
-    """`model`: its own model; `policy`: the policy's untrained base, prompted; `openai`: a remote server;
-    `bm25`: real search in `corpus`."""
+    """`model`: its own model; `policy`: the policy's untrained base, prompted (`model.path`; for `zs-fast eval` of a
+    checkpoint, the model its run began with); `openai`: a remote server; `bm25`: real search in `corpus`."""
     path: str = "quickstart:simulator"
     """The simulator's model (kind `model`); the same forms as `model.path`."""
     template: Literal["fine_tuned", "prompted"] = "fine_tuned"

@@ -14,7 +14,7 @@ from zs_fast.errors import ConfigError
 from zs_fast.models.load import DTYPES, load_model
 from zs_fast.rollout.play import Player, Progress
 from zs_fast.search.data import QuestionOrder, load_questions
-from zs_fast.setup import build_arena, use_device
+from zs_fast.setup import build_arena, simulator_name, use_device
 from zs_fast.system.environment import write_environment
 from zs_fast.system.files import FileOperations, replace_file
 from zs_fast.system.lock import check_writable, run_lock
@@ -80,13 +80,15 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
                 replace_file(FileOperations(), path, "".join(f"{row}\n" for row in rows).encode())
         finally:
             arena.close()
-        summary = {
+        summary: dict[str, Any] = {
             "model": config.model.path,
             "data": config.eval.data,
             "temperature": config.eval.temperature,
             "seed": config.seed,
             "results": results,
         }
+        if "simulator" in config.eval.search:
+            summary["simulator"] = simulator_name(config, training=False)
         replace_file(FileOperations(), output / "evaluation.json", json.dumps(summary, indent=2).encode() + b"\n")
         write_config(config, output / "config.toml")
         write_environment(output, device)

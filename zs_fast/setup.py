@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from zs_fast.config import RunConfig, SamplingConfig
+from zs_fast.errors import PreflightError
 from zs_fast.models.load import DTYPES, LoadedModel, load_model, resolve_device
 from zs_fast.rollout.openai_engine import OpenAIEngine
 from zs_fast.rollout.play import Player
@@ -47,6 +50,28 @@ def use_device(config: RunConfig) -> torch.device:
     return resolve_device(config.model.device)
 
 
+def simulator_name(config: RunConfig, *, training: bool) -> str:
+    """Who answers the searches of "simulator": the path of a model, the address of a server, or the passages of bm25.
+
+    Kind `policy` is the policy as it was before training: `model.path`, and where that is a checkpoint to evaluate, the
+    model that its run began with. Raises PreflightError if the checkpoint doesn't say which.
+    """
+    simulator = config.simulator
+    if simulator.kind != "policy":
+        return {"model": simulator.path, "openai": simulator.url, "bm25": f"bm25 in {simulator.corpus}"}[simulator.kind]
+    state = Path(config.model.path).expanduser().absolute().parent / "trainer.json"
+    if training or not state.is_file():
+        return config.model.path
+    try:
+        return str(json.loads(state.read_bytes())["config"]["model"]["path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PreflightError(
+            f"{state} does not say which model the checkpoint {config.model.path} was trained from "
+            f"({type(error).__name__}: {error}); simulator.kind = 'policy' speaks through that one. Name it: "
+            "--simulator.kind model --simulator.path MODEL."
+        ) from error
+
+
 def build_arena(
     config: RunConfig,
     policy: LoadedModel,
@@ -67,9 +92,8 @@ def build_arena(
     if "simulator" in used and config.simulator.kind == "openai":
         remote = OpenAIEngine(config.simulator)
     elif "simulator" in used and config.simulator.kind != "bm25":
-        is_own_model = config.simulator.kind == "model"
-        path = config.simulator.path if is_own_model else config.model.path
-        shared = None if is_own_model else base
+        shared = base if config.simulator.kind == "policy" else None
+        path = simulator_name(config, training=training)
         models[Role.SIMULATOR] = shared or load_model(path, dtype=DTYPES[config.model.dtype], device=device)
     engine = TransformersEngine(
         models,

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 
 import pytest
+import torch
 
 from zs_fast import cli
-from zs_fast.evaluate import summarise
-from zs_fast.types import Question, Scores, StopReason, Trajectory
+from zs_fast.config import EvalConfig, GameConfig, ModelConfig, RunConfig, SimulatorConfig
+from zs_fast.errors import PreflightError
+from zs_fast.evaluate import evaluate_run, summarise
+from zs_fast.models.load import load_model, resolve_path
+from zs_fast.setup import build_arena, simulator_name
+from zs_fast.types import Question, Role, Scores, StopReason, Trajectory
 
 
 def test_each_search_has_a_result_and_its_trajectories(tmp_path, capfd):
@@ -28,6 +35,51 @@ def test_each_search_has_a_result_and_its_trajectories(tmp_path, capfd):
         assert result["f1"] == pytest.approx(sum(row["f1"] for row in rows) / 2)
         found = [turn["search"]["documents"] for row in rows for turn in row["turns"] if turn["search"]]
         assert all(bool(documents) == (name == "bm25") for documents in found)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """The model folder of a checkpoint whose run began with quickstart:policy."""
+    folder = tmp_path / "step_3" / "model"
+    shutil.copytree(resolve_path("quickstart:simulator"), folder)
+    (folder.parent / "trainer.json").write_text(json.dumps({"config": {"model": {"path": "quickstart:policy"}}}))
+    return folder
+
+
+def policy_simulates(model_path) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(path=str(model_path)),
+        simulator=SimulatorConfig(kind="policy", max_new_tokens=16),
+        game=GameConfig(max_context_tokens=1024, max_new_tokens=32),
+        eval=EvalConfig(data="quickstart:heldout", questions=1),
+    )
+
+
+def test_a_checkpoint_is_judged_with_the_simulator_it_was_trained_with(checkpoint, tmp_path):
+    config = policy_simulates(checkpoint)
+    arena = build_arena(config, load_model(checkpoint), device=torch.device("cpu"), training=False)
+    with contextlib.closing(arena):
+        assert arena.engine.module(Role.SIMULATOR).name_or_path == str(resolve_path("quickstart:policy"))
+        assert arena.engine.module(Role.POLICY).name_or_path == str(checkpoint)
+    summary = evaluate_run(config.model_copy(update={"output": tmp_path / "judged"}))
+    assert (summary["model"], summary["simulator"]) == (str(checkpoint), "quickstart:policy")
+
+
+def test_who_simulates(checkpoint, tmp_path):
+    config = policy_simulates(checkpoint)
+    assert simulator_name(config, training=True) == str(checkpoint), "a run that begins with it"
+    assert simulator_name(policy_simulates("quickstart:policy"), training=False) == "quickstart:policy"
+    shutil.copytree(checkpoint, tmp_path / "copied")
+    assert simulator_name(policy_simulates(tmp_path / "copied"), training=False) == str(tmp_path / "copied")
+    own = config.model_copy(update={"simulator": SimulatorConfig(kind="model", path="a/model")})
+    assert simulator_name(own, training=False) == "a/model"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"config": {"model": null}}'])
+def test_a_checkpoint_that_does_not_say_what_it_was(checkpoint, content):
+    (checkpoint.parent / "trainer.json").write_text(content)
+    with pytest.raises(PreflightError, match=r"does not say which model .* --simulator.path"):
+        simulator_name(policy_simulates(checkpoint), training=False)
 
 
 def trajectory(number: int, f1: float, source: str) -> Trajectory:
