@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from zs_fast.models.load import DTYPES, load_model
 from zs_fast.rollout.play import Player, Progress
 from zs_fast.search.data import QuestionOrder, load_questions
 from zs_fast.setup import build_arena, simulator_name, use_device
+from zs_fast.system.console import make_screen
 from zs_fast.system.environment import write_environment
 from zs_fast.system.files import FileOperations, replace_file
 from zs_fast.system.lock import check_writable, run_lock
@@ -47,6 +50,13 @@ class Evaluation:
             f"{prefix}/f1/{source}": value for source, value in by_source.items()
         }
 
+    def line(self, name: str) -> str:
+        """The result in one line, for the screen."""
+        return (
+            f"{name}: F1 {self.f1:.3f} ({self.f1_low:.3f} to {self.f1_high:.3f}), "
+            f"{self.searches_per_question:.2f} searches per question, {self.num_questions} questions"
+        )
+
 
 def evaluate_run(config: RunConfig) -> dict[str, Any]:
     """Evaluate the policy `model.path` against each search of `eval.search`; what `zs-fast eval` does.
@@ -67,13 +77,15 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     questions = evaluation_questions(config)
     device = use_device(config)
     check_writable(output)
-    with run_lock(output):
+    with run_lock(output), closing(make_screen(0, config.name)) as screen:
         policy = load_model(config.model.path, dtype=DTYPES[config.model.dtype], device=device)
         arena = build_arena(config, policy, device=device, training=False)
         results: dict[str, Any] = {}
         try:
             for name, player in arena.evaluation_players.items():
-                evaluation, trajectories = evaluate(player, questions, step=0)
+                progress = partial(screen.progress, f"evaluation, {name}")
+                evaluation, trajectories = evaluate(player, questions, step=0, on_progress=progress)
+                screen.note(evaluation.line(name))
                 results[name] = asdict(evaluation)
                 rows = (json.dumps(rollout_row(0, t, arena.codec.decode), allow_nan=False) for t in trajectories)
                 path = output / f"trajectories_{name}.jsonl"

@@ -217,12 +217,8 @@ class _Run:
             evaluation, _ = evaluate(player, self.eval_questions, step=step, on_progress=progress)
             played.append((name, evaluation, time.perf_counter() - started))
         for name, evaluation, seconds in played:
-            message = (
-                f"{name}: F1 {evaluation.f1:.3f} ({evaluation.f1_low:.3f} to {evaluation.f1_high:.3f}), "
-                f"{evaluation.searches_per_question:.2f} searches per question, {evaluation.num_questions} questions"
-            )
             metrics, timings = evaluation.metrics(f"eval/{name}"), {f"eval/{name}/seconds": seconds}
-            self.log.record(step, metrics, timings, message=message)
+            self.log.record(step, metrics, timings, message=evaluation.line(name))
             when = "before" if step == 0 else "after"
             self.evaluations.setdefault(name, {})[when] = _jsonable(evaluation)
         self.evaluated_step = step

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import shutil
 
 import pytest
 import torch
+from rich.console import Console
 
+import zs_fast.evaluate
 from zs_fast import cli
 from zs_fast.config import EvalConfig, GameConfig, ModelConfig, RunConfig, SimulatorConfig
 from zs_fast.errors import PreflightError
 from zs_fast.evaluate import evaluate_run, summarise
 from zs_fast.models.load import load_model, resolve_path
 from zs_fast.setup import build_arena, simulator_name
+from zs_fast.system.console import LiveScreen
 from zs_fast.types import Question, Role, Scores, StopReason, Trajectory
 
 
@@ -27,6 +31,9 @@ def test_each_search_has_a_result_and_its_trajectories(tmp_path, capfd):
     summary = json.loads(captured.out.splitlines()[-1])
     assert list(summary["results"]) == ["bm25", "closed_book"]
     assert summary["data"] == "quickstart:heldout" and summary["temperature"] == 0.0
+    shown = [line for line in captured.out.splitlines() if ": F1 " in line]
+    assert [line.partition(":")[0] for line in shown] == ["bm25", "closed_book"]
+    assert all(f"F1 {r['f1']:.3f} " in line for line, r in zip(shown, summary["results"].values(), strict=True))
     assert json.loads((tmp_path / "judged" / "evaluation.json").read_text()) == summary
     for name, result in summary["results"].items():
         lines = (tmp_path / "judged" / f"trajectories_{name}.jsonl").read_text().splitlines()
@@ -35,6 +42,37 @@ def test_each_search_has_a_result_and_its_trajectories(tmp_path, capfd):
         assert result["f1"] == pytest.approx(sum(row["f1"] for row in rows) / 2)
         found = [turn["search"]["documents"] for row in rows for turn in row["turns"] if turn["search"]]
         assert all(bool(documents) == (name == "bm25") for documents in found)
+
+
+def test_progress_on_a_terminal(tmp_path, monkeypatch):
+    """Each evaluation counts up to all its questions, without the table and the bar of training steps."""
+    screens = []
+
+    class Watched(LiveScreen):
+        def __init__(self, total_steps: int, name: str) -> None:
+            self.output, self.told = io.StringIO(), []
+            console = Console(file=self.output, width=100, force_terminal=True, legacy_windows=False)
+            super().__init__(total_steps, name, console)
+            screens.append(self)
+
+        def progress(self, label: str, done: int, total: int) -> None:
+            self.told.append((label, done, total))
+            super().progress(label, done, total)
+
+    monkeypatch.setattr(zs_fast.evaluate, "make_screen", Watched)
+    config = RunConfig(
+        name="my_run",
+        output=tmp_path,
+        game=GameConfig(max_context_tokens=1024, max_new_tokens=32),
+        eval=EvalConfig(data="quickstart:heldout", questions=3, search=("none",)),
+    )
+    evaluate_run(config)
+    (screen,) = screens
+    assert screen.told[-1] == ("evaluation, closed_book", 3, 3) and screen.told == sorted(screen.told)
+    text = screen.output.getvalue()
+    assert "evaluation, closed_book" in text and "closed_book: F1 " in text
+    assert "reward" not in text and "my_run" not in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, "the screen was closed: the cursor is back"
 
 
 @pytest.fixture

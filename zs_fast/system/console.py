@@ -40,7 +40,7 @@ class Screen(Protocol):
 
 
 def make_screen(total_steps: int, name: str, console: Console | None = None) -> Screen:
-    """A live screen where standard output is a terminal, else plain lines."""
+    """A live screen where standard output is a terminal, else plain lines. Without steps: phases and notes alone."""
     console = console or Console()
     if console.is_terminal and not console.is_dumb_terminal:
         return LiveScreen(total_steps, name, console)
@@ -91,7 +91,7 @@ class LiveScreen:
             TimeRemainingColumn(),
             console=console,
         )
-        self._run_bar = self._bars.add_task(name, total=total_steps or None)
+        self._run_bar = self._bars.add_task(name, total=total_steps or None, visible=total_steps > 0)
         self._phase = "starting"
         self._phase_bar = self._bars.add_task(self._phase, total=None)
         self._live = Live(self._render(), console=console, refresh_per_second=4, transient=False)
@@ -119,6 +119,8 @@ class LiveScreen:
         self._live.stop()
 
     def _render(self) -> Group:
+        if not self._rows:
+            return Group(self._bars)
         table = Table("step", *(title for title, _, _ in COLUMNS), box=None, pad_edge=False, header_style="bold")
         for column in table.columns:
             column.justify = "right"
