@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from zs_fast.errors import EngineError, PreflightError
 from zs_fast.models.attention import PackedAttention
 from zs_fast.models.load import LoadedModel
-from zs_fast.rollout.transformers_engine import PIECE_TOKENS, TransformersEngine
+from zs_fast.rollout.scheduler import PIECE_TOKENS
+from zs_fast.rollout.transformers_engine import TransformersEngine
 from zs_fast.testing import byte_tokenizer, tiny_model
 from zs_fast.types import Completion, FinishReason, Role, Sampling
 

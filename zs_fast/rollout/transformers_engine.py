@@ -7,10 +7,9 @@ and values live in preallocated slots and stay there between the turns of a traj
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,16 +18,12 @@ from transformers import PreTrainedModel
 from zs_fast.errors import EngineError, PreflightError
 from zs_fast.models.load import LoadedModel
 from zs_fast.rollout.fixed_blocks import FixedBlocks, round_up_rows
-from zs_fast.rollout.kv_slots import Context, KvSlots, Piece, SlotAttention
+from zs_fast.rollout.kv_slots import KvSlots, Piece, SlotAttention
 from zs_fast.rollout.sampler import sample_tokens
+from zs_fast.rollout.scheduler import Request, Scheduler
 from zs_fast.rollout.stop import StopStrings, eos_token_ids
 from zs_fast.search.codec import Codec
 from zs_fast.types import Completion, FinishReason, Role, Sampling
-
-PIECE_TOKENS = 256
-"""Longest piece of a prompt that goes through attention in one call."""
-PREFILL_TOKENS = 512
-"""Prompt tokens per step and model, beyond which further pieces wait."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,32 +40,6 @@ class EngineStats:
     """Kept contexts that lost their slot to a waiting request."""
     steps: int = 0
     """Forwards."""
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """One unfinished request: queued while its context has no slot, else running."""
-
-    request_id: int
-    prompt_ids: list[int]
-    sampling: Sampling
-    cache_salt: str | None
-    policy_version: int
-    context: Context
-    sampled_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    plan: deque[tuple[int, int]] = field(default_factory=deque)
-    """Pieces still to go through the model; the last one ends with the last known token."""
-
-    def token_ids(self, start: int, end: int) -> list[int]:
-        split = len(self.prompt_ids)
-        if start >= split:
-            return self.sampled_ids[start - split : end - split]
-        return self.prompt_ids[start:end] + self.sampled_ids[: max(0, end - split)]
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.sampled_ids)
 
 
 class TransformersEngine:
@@ -108,12 +77,12 @@ class TransformersEngine:
         return [completion for lane in self._lanes.values() for completion in lane.step()]
 
     def end(self, role: Role, cache_salt: str) -> None:
-        self._lane(role).end(cache_salt)
+        self._lane(role).scheduler.end(cache_salt)
 
     def publish(self, version: int) -> None:
         self._version = version
         for lane in self._lanes.values():
-            lane.forget_kv()
+            lane.scheduler.forget_kv()
 
     def release_kv(self) -> int:
         busy = {role: lane.num_unfinished for role, lane in self._lanes.items() if lane.num_unfinished}
@@ -121,7 +90,7 @@ class TransformersEngine:
             counts = ", ".join(f"{count} of {role}" for role, count in busy.items())
             raise EngineError(f"release_kv with unfinished requests ({counts}). Step until they are finished.")
         for lane in self._lanes.values():
-            lane.forget_kv()
+            lane.scheduler.forget_kv()
         return sum(lane.slots.release() for lane in self._lanes.values())
 
     def acquire_kv(self) -> None:
@@ -153,7 +122,7 @@ class TransformersEngine:
 
 
 class _Lane:
-    """One role's requests, slots and forwards."""
+    """One role's model, slots and forwards; the scheduler says what goes into the next one."""
 
     def __init__(
         self, role: Role, loaded: LoadedModel, *, num_slots: int, max_tokens: int, batch_invariant: bool
@@ -186,20 +155,16 @@ class _Lane:
             dtype=parameter.dtype,
             device=parameter.device,
         )
-        self._free = list(range(num_slots))[::-1]
-        self._waiting: deque[_Request] = deque()
-        self._running: list[_Request] = []
-        self._request_ids: set[int] = set()
-        self._contexts: dict[str, Context] = {}
-        self._clock = 0
-        self._counts = dict.fromkeys(("prefill_tokens", "decode_tokens", "reused_tokens", "evictions", "steps"), 0)
+        self.scheduler = Scheduler(role, num_slots)
+        self._decode_tokens = 0
+        self._steps = 0
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._request_ids)
+        return self.scheduler.num_unfinished
 
     def stats(self) -> EngineStats:
-        return EngineStats(**self._counts)
+        return EngineStats(decode_tokens=self._decode_tokens, steps=self._steps, **self.scheduler.counts)
 
     def add(
         self, request_id: int, prompt_ids: list[int], sampling: Sampling, cache_salt: str | None, version: int
@@ -211,57 +176,24 @@ class _Lane:
                 f"{sampling.max_new_tokens} new ones; both must be at least 1, and together they may hold "
                 f"{self._max_tokens + 1} (max_context_tokens + 1). Shorten the prompt or raise the limit."
             )
-        if request_id in self._request_ids:
-            raise EngineError(f"Request {request_id} of {self._role} was added twice before it finished.")
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < self._decoder.embed_tokens.num_embeddings:
             raise EngineError(
                 f"Request {request_id} of {self._role} holds token ids from {min(prompt_ids)} to {max(prompt_ids)}; "
                 f"the model knows 0 to {self._decoder.embed_tokens.num_embeddings - 1}. Another tokenizer's ids?"
             )
-        context = self._contexts.get(cache_salt) if cache_salt is not None else None
-        context = context or Context()
-        if context.busy:
-            raise EngineError(
-                f"Request {request_id} of {self._role} uses cache_salt {cache_salt!r}, whose last request is "
-                "unfinished."
-            )
-        context.busy = True
-        if cache_salt is not None:
-            self._contexts[cache_salt] = context
-        self._request_ids.add(request_id)
-        self._waiting.append(_Request(request_id, list(prompt_ids), sampling, cache_salt, version, context))
-
-    def end(self, cache_salt: str) -> None:
-        context = self._contexts.pop(cache_salt, None)
-        if context is None:
-            return
-        context.ended = True
-        if not context.busy:
-            self._free_slot(context)
-
-    def forget_kv(self) -> None:
-        """The weights changed: nothing stored may be used again. Running requests compute their tokens anew."""
-        running = {id(request.context): request for request in self._running}
-        for context in [*self._contexts.values(), *(request.context for request in self._running)]:
-            request = running.get(id(context))
-            if request is None:
-                self._free_slot(context)
-            else:
-                start = context.bounds[-1]
-                request.plan = deque([*context.pieces(), *(piece for piece in request.plan if piece[0] >= start)])
-                context.token_ids, context.bounds = [], [0]
+        self.scheduler.add(request_id, prompt_ids, sampling, cache_salt, version)
 
     @torch.no_grad()
     def step(self) -> list[Completion]:
         """One forward for everything that can advance; what finished with it."""
         # Not torch.inference_mode: a module may keep a tensor made in here (rotary tables), and a later backward
         # would refuse it.
-        self._clock += 1
-        self._admit()
-        scheduled = self._schedule()
+        if self.scheduler.num_waiting:
+            self.slots.allocate()
+        scheduled = self.scheduler.next_pieces()
         if not scheduled:
             return []
-        self._counts["steps"] += 1
+        self._steps += 1
         with _eval_mode(self.model), self._blocks.active() if self._blocks else nullcontext():
             due, logits = self._forward(scheduled)
         if not due:
@@ -276,77 +208,7 @@ class _Lane:
                 completions.append(self._finish(request, reason))
         return completions
 
-    def _admit(self) -> None:
-        """Give slots to waiting requests: first to trajectories that were begun, then in order of arrival.
-
-        A new trajectory may evict one that waits for its documents only while fewer than half of the slots are
-        running: below that, idle slots cost more than computing a context again.
-        """
-        if not self._waiting:
-            return
-        self.slots.allocate()
-        for begun in (True, False):
-            for request in [r for r in self._waiting if bool(r.context.token_ids) == begun]:
-                if request.context.slot is None:
-                    half_idle = len(self._running) < max(1, self.slots.num_slots // 2)
-                    slot = self._take_slot(may_evict=begun or half_idle)
-                    if slot is None:
-                        continue
-                    request.context.slot = slot
-                    kept = 0
-                    request.context.keep_prefix(request.prompt_ids)
-                    request.plan.extend(request.context.pieces())
-                    replayed = request.context.bounds[-1]
-                    request.context.token_ids, request.context.bounds = [], [0]
-                else:
-                    kept = replayed = request.context.keep_prefix(request.prompt_ids)
-                self._counts["reused_tokens"] += kept
-                total = len(request.prompt_ids)
-                request.plan.extend(
-                    (start, min(start + PIECE_TOKENS, total)) for start in range(replayed, total, PIECE_TOKENS)
-                )
-                self._waiting.remove(request)
-                self._running.append(request)
-
-    def _take_slot(self, *, may_evict: bool) -> int | None:
-        """A free slot, else that of the least recently used idle context, which then has to be computed again."""
-        if self._free:
-            return self._free.pop()
-        if not may_evict:
-            return None
-        idle = [context for context in self._contexts.values() if context.slot is not None and not context.busy]
-        if not idle:
-            return None
-        oldest = min(idle, key=lambda context: context.last_used)
-        slot, oldest.slot = oldest.slot, None
-        self._counts["evictions"] += 1
-        return slot
-
-    def _free_slot(self, context: Context) -> None:
-        if context.slot is not None:
-            self._free.append(context.slot)
-            context.slot = None
-
-    def _schedule(self) -> list[tuple[_Request, list[tuple[int, int]]]]:
-        """Pieces of this step: one sampled token of each running sequence, and prompts up to PREFILL_TOKENS."""
-        scheduled = []
-        budget = PREFILL_TOKENS
-        for request in self._running:
-            pieces: list[tuple[int, int]] = []
-            while request.plan:
-                start, end = request.plan[0]
-                is_decode = start >= len(request.prompt_ids) and end == request.num_tokens
-                if not is_decode:
-                    if budget <= 0:
-                        break
-                    budget -= end - start
-                    self._counts["prefill_tokens"] += end - start
-                pieces.append(request.plan.popleft())
-            if pieces:
-                scheduled.append((request, pieces))
-        return scheduled
-
-    def _forward(self, scheduled: list[tuple[_Request, list[tuple[int, int]]]]) -> tuple[list[_Request], Tensor]:
+    def _forward(self, scheduled: list[tuple[Request, list[tuple[int, int]]]]) -> tuple[list[Request], Tensor]:
         """Run the decoder; the requests whose next token is due, and their logits [R, tokenizer's vocabulary]."""
         self.slots.reserve(max(pieces[-1][1] for _, pieces in scheduled))
         pieces = []
@@ -383,9 +245,9 @@ class _Lane:
         logits = self._lm_head(hidden[torch.tensor(rows, device=self._device)])
         return due, logits[: len(due), : self._vocab_size]
 
-    def _append(self, request: _Request, token: int, logprob: float) -> FinishReason | None:
+    def _append(self, request: Request, token: int, logprob: float) -> FinishReason | None:
         """Add one sampled token; why the request is finished with it, or None."""
-        self._counts["decode_tokens"] += 1
+        self._decode_tokens += 1
         request.sampled_ids.append(token)
         request.logprobs.append(logprob)
         if token in self._eos_ids or self._stop_strings.completed(request.sampled_ids, request.sampling.stop):
@@ -395,13 +257,8 @@ class _Lane:
         request.plan.append((request.num_tokens - 1, request.num_tokens))
         return None
 
-    def _finish(self, request: _Request, reason: FinishReason) -> Completion:
-        self._running.remove(request)
-        self._request_ids.discard(request.request_id)
-        request.context.busy = False
-        request.context.last_used = self._clock
-        if request.cache_salt is None or request.context.ended:
-            self._free_slot(request.context)
+    def _finish(self, request: Request, reason: FinishReason) -> Completion:
+        self.scheduler.finish(request)
         return Completion(
             request_id=request.request_id,
             role=self._role,
