@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from zs_fast.models.load import load_model
 from zs_fast.quickstart import build_world
 from zs_fast.quickstart.demonstrations import BEHAVIOURS, labelled_search, policy_demonstration
-from zs_fast.quickstart.tokenizer import build_tokenizer
+from zs_fast.quickstart.tokenizer import CHAT_TEMPLATE, build_tokenizer
 from zs_fast.quickstart.world import name_pool
 from zs_fast.search.backends.bm25 import Bm25Search, load_passages
 from zs_fast.search.codec import Codec
@@ -91,20 +90,22 @@ def test_noisy_pairs_never_hold_the_answer_and_useful_ones_answer_their_query():
     assert held["useful"] / count["useful"] > 0.6  # the rest are first hops, whose answer is the bridge
 
 
-def test_every_word_of_the_world_is_one_token():
-    tokenizer = build_tokenizer()
+@pytest.mark.parametrize("make", [build_tokenizer, lambda: load_model("quickstart:policy").tokenizer])
+def test_every_word_of_the_world_is_one_token(make):
+    tokenizer = make()
     for kind in ("first", "family", "town", "company", "book"):
         for word in name_pool(kind):
             assert len(tokenizer(f" {word}", add_special_tokens=False).input_ids) == 1, word
 
 
-@pytest.mark.parametrize("name", ["policy", "simulator"])
-def test_the_shipped_tokenizer_is_the_one_the_code_builds(name):
-    shipped = load_model(f"quickstart:{name}").tokenizer
-    assert (
-        json.loads(shipped.backend_tokenizer.to_str())["model"]
-        == json.loads(build_tokenizer().backend_tokenizer.to_str())["model"]
-    )
+def test_policy_and_simulator_share_a_tokenizer():
+    one, other = (load_model(f"quickstart:{name}").tokenizer for name in ("policy", "simulator"))
+    assert one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+    assert one.chat_template == other.chat_template == CHAT_TEMPLATE
+
+
+def test_building_the_tokenizer_is_deterministic():
+    assert build_tokenizer().backend_tokenizer.to_str() == build_tokenizer().backend_tokenizer.to_str()
 
 
 def test_the_shipped_models_are_small_safetensors():
