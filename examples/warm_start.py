@@ -31,13 +31,10 @@ def demonstration(question: Question, codec: Codec, end: int) -> SftExample:
         (observation([f"{query}: {answer}."]), False),
         (f"<think> The documents say {answer}. </think>\n<answer> {answer} </answer>", True),
     )
-    ids = codec.encode_prompt(policy_prompt(question.text))
-    mask = [False] * len(ids)
-    for text, by_policy in segments:
-        segment = codec.encode_untrusted(text)
-        ids += segment
-        mask += [by_policy] * len(segment)
-    return SftExample(input_ids=(*ids, end), loss_mask=(*mask, True))
+    played = [(codec.encode_untrusted(text), by_policy) for text, by_policy in segments]
+    return SftExample.from_segments(
+        [(codec.encode_prompt(policy_prompt(question.text)), False), *played, ([end], True)]
+    )
 
 
 def main() -> None:

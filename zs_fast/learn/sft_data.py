@@ -17,10 +17,10 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from zs_fast.errors import DataError
 
@@ -37,6 +37,16 @@ class SftExample:
 
     input_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
+
+    @classmethod
+    def from_segments(cls, segments: Iterable[tuple[Sequence[int], bool]]) -> Self:
+        """The example of (token ids, does the model learn to write them?) segments, laid end to end."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        for segment, is_loss in segments:
+            ids += segment
+            mask += [is_loss] * len(segment)
+        return cls(input_ids=tuple(ids), loss_mask=tuple(mask))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +80,15 @@ def encode_conversation(conversation: Sequence[Message], tokenizer: Any, *, chat
         pieces = [
             (m.content + "\n\n" if m.role == "system" else m.content, m.role == "assistant") for m in conversation
         ]
-    ids = _start_ids(tokenizer) if not (chat_template and tokenizer.chat_template) else []
-    is_loss = [False] * len(ids)
+    start = _start_ids(tokenizer) if not (chat_template and tokenizer.chat_template) else []
+    segments: list[tuple[list[int], bool]] = [(start, False)]
     for text, is_assistant in pieces:
         piece: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         if is_assistant and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in piece:
             piece = [*piece, tokenizer.eos_token_id]
         end = _turn_end(piece, tokenizer.eos_token_id) if is_assistant else 0
-        ids += piece
-        is_loss += [True] * end + [False] * (len(piece) - end)
-    return SftExample(input_ids=tuple(ids), loss_mask=tuple(is_loss))
+        segments += [(piece[:end], True), (piece[end:], False)]
+    return SftExample.from_segments(segments)
 
 
 def _rows(source: Path) -> Iterator[tuple[int, Any]]:

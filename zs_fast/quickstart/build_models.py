@@ -94,20 +94,14 @@ def copy_example(draws: random.Random, vocabulary_size: int) -> SftExample:
 
 def policy_example(draws: random.Random, codec: Codec, end: int, *, only_full: bool) -> SftExample:
     demonstration = policy_demonstration(draws, only_full=only_full)
-    ids = codec.encode_prompt(demonstration.prompt)
-    mask = [False] * len(ids)
-    for text, by_policy in demonstration.segments:
-        segment = codec.encode_untrusted(text)
-        ids += segment
-        mask += [by_policy] * len(segment)
-    return SftExample(input_ids=(*ids, end), loss_mask=(*mask, True))
+    played = [(codec.encode_untrusted(text), by_policy) for text, by_policy in demonstration.segments]
+    return SftExample.from_segments([(codec.encode_prompt(demonstration.prompt), False), *played, ([end], True)])
 
 
 def simulator_example(draws: random.Random, codec: Codec, end: int) -> SftExample:
     pair = labelled_search(draws)
     prompt, documents = codec.encode_prompt(pair.prompt), codec.encode_untrusted(pair.documents)
-    mask = (False,) * len(prompt) + (True,) * (len(documents) + 1)
-    return SftExample(input_ids=(*prompt, *documents, end), loss_mask=mask)
+    return SftExample.from_segments([(prompt, False), ([*documents, end], True)])
 
 
 def base_example(draws: random.Random, codec: Codec, end: int, *, simulator_share: float = 0.4) -> SftExample:
