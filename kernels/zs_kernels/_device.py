@@ -1,19 +1,33 @@
 """Where an op runs: the one dispatch rule, and what of the compiled part is there.
 
-`_ops.so` holds the CPU operators. It is looked for beside this file, loaded once, and its absence is a normal state:
-every op then runs its torch reference.
+    float64 anywhere                     the torch reference
+    every tensor on a GPU                Triton
+    every tensor on the CPU              the C++ operators of `_ops.so`, or the torch reference where it was not built
+
+`_ops.so` is looked for beside this file and loaded once; its absence is a normal state. `use_backend` overrules the
+rule for tests and benchmarks.
 """
 
 from __future__ import annotations
 
+import contextvars
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from zs_kernels import _triton
+
+Backend = Literal["reference", "native", "triton"]
+
 OPS_FILE = Path(__file__).with_name("_ops.so")
+
+_forced: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("zs_kernels_backend", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +54,34 @@ def native_status() -> NativeStatus:
     return NativeStatus(True, f"C++ operators for the CPU: {OPS_FILE.name}")
 
 
-def runs_native(*tensors: Tensor) -> bool:
-    """True if the C++ operator takes these tensors: all on the CPU, none needs a gradient, the library is loaded."""
-    if any(tensor.device.type != "cpu" or tensor.requires_grad for tensor in tensors):
-        return False
-    return native_status().available
+@contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Run the ops of this block (of this thread or task) on one backend, whatever the rule says.
+
+    Raises ValueError for an unknown name, RuntimeError where that backend is not installed.
+    """
+    if name not in get_args(Backend):
+        raise ValueError(f"use_backend: argument 'name' must be one of {', '.join(get_args(Backend))}, got {name!r}")
+    if name == "native" and not native_status().available:
+        raise RuntimeError(f"use_backend: 'native' is not there: {native_status().reason}")
+    if name == "triton" and not _triton.AVAILABLE:
+        raise RuntimeError("use_backend: 'triton' is not there: `pip install triton`")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def backend_of(*tensors: Tensor | None) -> Backend:
+    """The backend that an op takes for these tensors (None: an argument that was not given)."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(tensor.dtype == torch.float64 for tensor in given):
+        return "reference"
+    if (forced := _forced.get()) is not None:
+        return forced
+    if all(tensor.is_cuda for tensor in given) and _triton.AVAILABLE:
+        return "triton"
+    if all(tensor.device.type == "cpu" for tensor in given) and native_status().available:
+        return "native"
+    return "reference"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zs_kernels._check import require, require_floating, require_mask, require_tensor
-from zs_kernels._device import runs_native
+from zs_kernels._device import backend_of
 
 
 def gae_reference(
@@ -51,9 +51,9 @@ def gae(
     integer bounds of the sequences, from 0 to N. Raises ValueError or TypeError naming the argument.
     """
     check(rewards, values, mask, cu_seqlens, gamma, lam)
-    if not runs_native(rewards, values, mask, cu_seqlens):
+    if backend_of(rewards, values, mask, cu_seqlens) != "native":
         return gae_reference(rewards, values, mask, cu_seqlens, gamma=gamma, lam=lam)
-    advantages, returns = torch.ops.zs_kernels.gae(rewards.float(), values.float(), mask, cu_seqlens.long(), gamma, lam)
+    advantages, returns = torch.ops.zs_native.gae(rewards.float(), values.float(), mask, cu_seqlens.long(), gamma, lam)
     return advantages, returns
 
 

@@ -63,7 +63,7 @@ def test_the_torch_library_loads(checkout):
     script = (
         f"import torch; torch.ops.load_library({str(library)!r})\n"
         "one = torch.ones(1)\n"
-        "print(torch.ops.zs_kernels.gae(one, one * 0.5, one > 0, torch.tensor([0, 1]), 1.0, 1.0)[0].item())"
+        "print(torch.ops.zs_native.gae(one, one * 0.5, one > 0, torch.tensor([0, 1]), 1.0, 1.0)[0].item())"
     )
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert loaded.stdout.strip() == "0.5", loaded.stderr

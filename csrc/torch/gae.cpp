@@ -1,4 +1,4 @@
-// Torch operators for the CPU, through the LibTorch stable ABI. Doors and references: kernels/zs_kernels/*.py.
+// `zs_native::gae` for the CPU, through the LibTorch stable ABI. Door and reference: kernels/zs_kernels/gae.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -38,10 +38,10 @@ std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, Tensor mask, Tenso
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(zs_kernels, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(zs_native, library) {
   library.def("gae(Tensor rewards, Tensor values, Tensor mask, Tensor cu_seqlens, float gamma, float lam) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(zs_kernels, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(zs_native, CPU, library) {
   library.impl("gae", TORCH_BOX(&gae));
 }
