@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 try:
     from zs_fast import _core
@@ -16,15 +15,6 @@ except ImportError:  # not built (no compiler), or built for another Python
 
 NATIVE = _core is not None
 """Does the compiled `_core` answer? False means the Python references below do."""
-
-
-class Tag(NamedTuple):
-    """A tag in a text: `text[start:end]` is `<name>`, or `</name>` if closing."""
-
-    start: int
-    end: int
-    name: str
-    closing: bool
 
 
 def pack_segments(lengths: Sequence[int], token_budget: int) -> list[int]:
@@ -67,16 +57,31 @@ def pack_segments_reference(lengths: Sequence[int], token_budget: int) -> list[i
     return best
 
 
-def find_tags(text: str, names: Sequence[str]) -> list[Tag]:
-    """Every exact `<name>` and `</name>` of the given ASCII names, in order of their start, in linear time."""
+def first_action(text: str) -> tuple[str, int, int] | None:
+    """`("search" | "answer", start, end)` of the text inside a turn's first action, None without one; in linear time.
+
+    What counts as an action is said in search/parser.py.
+    """
     if _core is not None:
-        return [Tag(start, end, names[k], closing) for start, end, k, closing in _core.find_tags(text, names)]
-    return find_tags_reference(text, names)
+        found: tuple[str, int, int] | None = _core.first_action(text)
+        return found
+    return first_action_reference(text)
 
 
-def find_tags_reference(text: str, names: Sequence[str]) -> list[Tag]:
-    """What `find_tags` means, by one regular expression without backtracking over more than a tag."""
-    if not names:
-        return []
-    pattern = re.compile(f"<(/?)({'|'.join(map(re.escape, names))})>")
-    return [Tag(match.start(), match.end(), match[2], bool(match[1])) for match in pattern.finditer(text)]
+_OPENING = re.compile(r"<(think|search|answer)>")
+_ANY_TAG = re.compile(r"</?(?:think|search|answer|information)>")
+
+
+def first_action_reference(text: str) -> tuple[str, int, int] | None:
+    """What `first_action` means, by regular expressions that never read a stretch twice."""
+    position = 0
+    while opening := _OPENING.search(text, position):
+        kind = opening[1]
+        start = opening.end()
+        end = text.find(f"</{kind}>", start)
+        if end < 0:
+            break
+        position = end + len(kind) + 3
+        if kind != "think" and not _ANY_TAG.search(text, start, end):
+            return kind, start, end
+    return None

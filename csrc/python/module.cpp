@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <string>
 #include <vector>
 
 #include "zs_cpu.h"
@@ -19,35 +18,52 @@ struct Text {
   Py_UCS4 operator[](Py_ssize_t i) const { return PyUnicode_READ(kind, data, i); }
 };
 
-bool starts_with(const Text& text, Py_ssize_t at, const std::string& name) {
-  if (text.length - at <= static_cast<Py_ssize_t>(name.size())) return false;  // the closing > must fit too
-  for (size_t i = 0; i < name.size(); ++i) {
-    if (text[at + static_cast<Py_ssize_t>(i)] != static_cast<unsigned char>(name[i])) return false;
-  }
-  return text[at + static_cast<Py_ssize_t>(name.size())] == '>';
-}
+struct Tag {
+  Py_ssize_t start, end;
+  int name;  // index into kNames; -1 for none
+  bool closing;
+};
 
-py::list find_tags(const py::str& string, const std::vector<std::string>& names) {
-  PyObject* object = string.ptr();
-  const Text text{static_cast<int>(PyUnicode_KIND(object)), PyUnicode_DATA(object), PyUnicode_GET_LENGTH(object)};
-  py::list found;
-  Py_ssize_t at = 0;
+constexpr const char* kNames[] = {"think", "search", "answer", "information"};
+constexpr int kThink = 0, kInformation = 3;
+
+// The first exact <name> or </name> at or after `at`.
+Tag next_tag(PyObject* object, const Text& text, Py_ssize_t at) {
   while (at < text.length) {
     at = PyUnicode_FindChar(object, '<', at, text.length, 1);
     if (at == -2) throw py::error_already_set();
     if (at < 0) break;
     const bool closing = at + 1 < text.length && text[at + 1] == '/';
-    const Py_ssize_t name_at = at + (closing ? 2 : 1);
-    Py_ssize_t end = at + 1;
-    for (size_t k = 0; k < names.size(); ++k) {
-      if (!starts_with(text, name_at, names[k])) continue;
-      end = name_at + static_cast<Py_ssize_t>(names[k].size()) + 1;
-      found.append(py::make_tuple(at, end, k, closing));
-      break;
+    for (int k = 0; k < 4; ++k) {
+      Py_ssize_t i = at + (closing ? 2 : 1);
+      const char* letter = kNames[k];
+      while (*letter && i < text.length && text[i] == static_cast<Py_UCS4>(*letter)) ++i, ++letter;
+      if (!*letter && i < text.length && text[i] == '>') return {at, i + 1, k, closing};
     }
-    at = end;
+    ++at;
   }
-  return found;
+  return {text.length, text.length, -1, false};
+}
+
+// zs_fast/search/parser.py says what this means; every tag is looked at once.
+py::object first_action(const py::str& string) {
+  PyObject* object = string.ptr();
+  const Text text{static_cast<int>(PyUnicode_KIND(object)), PyUnicode_DATA(object), PyUnicode_GET_LENGTH(object)};
+  Tag tag = next_tag(object, text, 0);
+  while (tag.name >= 0) {
+    const Tag opening = tag;
+    tag = next_tag(object, text, tag.end);
+    if (opening.closing || opening.name == kInformation) continue;
+    bool holds_a_tag = false;
+    while (tag.name >= 0 && !(tag.closing && tag.name == opening.name)) {
+      holds_a_tag = true;
+      tag = next_tag(object, text, tag.end);
+    }
+    if (tag.name < 0) break;
+    if (opening.name != kThink && !holds_a_tag) return py::make_tuple(kNames[opening.name], opening.end, tag.start);
+    tag = next_tag(object, text, tag.end);
+  }
+  return py::none();
 }
 
 }  // namespace
@@ -57,5 +73,5 @@ PYBIND11_MODULE(_core, module) {
   module.def("pack_segments", [](const std::vector<int64_t>& lengths, int64_t token_budget) {
     return zs::pack_segments(lengths, token_budget);
   });
-  module.def("find_tags", &find_tags);
+  module.def("first_action", &first_action);
 }

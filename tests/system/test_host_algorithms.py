@@ -15,6 +15,7 @@ from zs_fast import host
 
 EXAMPLES = int(os.environ.get("ZS_HYPOTHESIS_EXAMPLES", "200"))
 NAMES = ("think", "search", "answer", "information")
+OPENINGS, CLOSINGS = [f"<{name}>" for name in NAMES], [f"</{name}>" for name in NAMES]
 
 
 def runs(lengths: list[int], bounds: list[int]) -> list[int]:
@@ -57,31 +58,38 @@ def test_packing_names_what_is_wrong(lengths, budget, name):
 
 
 PIECES = st.sampled_from(
-    ["<", ">", "/", "</", "<<", " ", "a", "é", "漢", "😀", "\ud800", "\0", *NAMES, "<think>", "</answer>", "<search >"]
+    ["<", ">", "/", "</", "<<", " ", "a", "é", "漢", "😀", "\ud800", "\0", *NAMES, *OPENINGS, *CLOSINGS, "<search >"]
 )
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(st.lists(PIECES, max_size=30).map("".join))
-def test_tags_equal_their_reference(text):
-    tags = host.find_tags(text, NAMES)
-    assert tags == host.find_tags_reference(text, NAMES)
-    for tag in tags:
-        assert text[tag.start : tag.end] == f"<{'/' if tag.closing else ''}{tag.name}>"
+def test_the_first_action_equals_its_reference(text):
+    found = host.first_action(text)
+    assert found == host.first_action_reference(text)
+    if found:
+        kind, start, end = found
+        assert text[:start].endswith(f"<{kind}>") and text[end:].startswith(f"</{kind}>")
 
 
-@pytest.mark.parametrize("find", [host.find_tags, host.find_tags_reference])
-def test_tag_examples(find):
-    assert find("<search>x</search>", NAMES) == [(0, 8, "search", False), (9, 18, "search", True)]
-    assert find("<<think>", NAMES) == [(1, 8, "think", False)]
-    assert find("<think", NAMES) == [] and find("<think >", NAMES) == [] and find("<Think>", NAMES) == []
-    assert find("😀</answer>", NAMES) == [(1, 10, "answer", True)]
-    assert find("<a>", ()) == []
-
-
-def test_a_megabyte_of_open_tags_is_one_pass():
-    text = "<search>" * 125_000
-    assert len(host.find_tags(text, NAMES)) == 125_000
+@pytest.mark.parametrize("first_action", [host.first_action, host.first_action_reference])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("<search>x</search>", ("search", 8, 9)),
+        ("<<answer></answer>", ("answer", 9, 9)),
+        ("<think><search>a</search></think><answer>b</answer>", ("answer", 41, 42)),
+        ("<search>a<information></search><search>\ud800</search>", ("search", 39, 40)),
+        ("</answer><information><answer>😀</answer>", ("answer", 30, 31)),
+        ("<search>a</answer>", None),
+        ("<search>a</search", None),
+        ("<search >a</search>", None),
+        ("<Search>a</Search>", None),
+        ("", None),
+    ],
+)
+def test_first_action_examples(first_action, text, expected):
+    assert first_action(text) == expected
 
 
 def test_compiled_core_is_used_when_built():

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from zs_fast.host import pack_segments
 from zs_fast.types import StopReason
 
 PER_SEQUENCE_COLUMNS = frozenset({"rewards", "group", "trainable"})
@@ -120,16 +122,13 @@ class PackedTokens:
     def micro_batches(self, token_budget: int, first: int = 0, last: int | None = None) -> Iterator[MicroBatch]:
         """Sequences first .. last - 1 (all by default) in order, cut into views of at most `token_budget` tokens.
 
-        A single sequence longer than the budget is a micro batch of its own. Views without loss tokens are left out:
-        they would add nothing to a loss.
+        As few views as the budget allows, as even as that allows. A single sequence longer than the budget is a micro
+        batch of its own. Views without loss tokens are left out: they would add nothing to a loss.
         """
         last = self.num_sequences if last is None else last
-        begin = first
-        for index in range(first, last):
-            if self.cu_seqlens[index + 1] - self.cu_seqlens[begin] > token_budget and index > begin:
-                yield from self._with_loss(begin, index)
-                begin = index
-        yield from self._with_loss(begin, last)
+        lengths = [stop - start for start, stop in pairwise(self.cu_seqlens[first : last + 1])]
+        for begin, end in pairwise(pack_segments(lengths, token_budget)):
+            yield from self._with_loss(first + begin, first + end)
 
     def _with_loss(self, first: int, last: int) -> Iterator[MicroBatch]:
         if self.loss_offsets[last] > self.loss_offsets[first]:

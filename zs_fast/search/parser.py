@@ -18,28 +18,17 @@ no text after that can change it: a completion that stops at the closing tag and
 
 from __future__ import annotations
 
-import re
-
+from zs_fast.host import first_action
 from zs_fast.types import Action, Answer, Invalid, Search
-
-_OPENING = re.compile(r"<(think|search|answer)>")
-_ANY_TAG = re.compile(r"</?(?:think|search|answer|information)>")
 
 
 def parse_turn(text: str) -> Action:
     """What one completion means. Total, and linear in the length of the text."""
-    position = 0
-    while opening := _OPENING.search(text, position):
-        kind = opening[1]
-        start = opening.end()
-        end = text.find(f"</{kind}>", start)
-        if end < 0:
-            break
-        position = end + len(kind) + 3
-        if kind == "think" or _ANY_TAG.search(text, start, end):
-            continue
-        content = text[start:end].strip()
-        if kind == "answer":
-            return Answer(content)
-        return Search(content) if content else Invalid("empty_query")
-    return Invalid("no_action")
+    found = first_action(text)
+    if found is None:
+        return Invalid("no_action")
+    kind, start, end = found
+    content = text[start:end].strip()
+    if kind == "answer":
+        return Answer(content)
+    return Search(content) if content else Invalid("empty_query")
