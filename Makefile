@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.zs_fast_setup
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test check test-full setup-smollm2 bench gpu clean
+.PHONY: setup quickstart test check test-full setup-smollm2 bench kernels-report gpu clean
 
 setup: $(STAMP)
 
@@ -49,6 +49,10 @@ setup-smollm2: $(STAMP)
 
 bench: $(STAMP)
 	env -u OMP_NUM_THREADS $(BIN)/zs-fast bench ops
+
+# What each Triton kernel compiles to on GPUs that need not be here: registers, spills, shared memory.
+kernels-report: $(STAMP)
+	env -u TRITON_INTERPRET $(BIN)/python scripts/kernels_report.py --write docs/kernels.md
 
 gpu:
 	bash scripts/gpu.sh
