@@ -112,23 +112,107 @@ class CurriculumConfig(Section):
     """Steps over which noise rises; 0 takes train.steps."""
 
 
-class AlgorithmConfig(Section):
-    """How rewards become advantages, and advantages a loss."""
+AlgorithmName = Literal[
+    "reinforce", "grpo", "reinforce++", "reinforce++-baseline", "rloo", "dr_grpo", "dapo", "gspo", "cispo"
+]
 
-    name: Literal["grpo", "reinforce"] = "grpo"
-    """A row of `learn/algorithms.py`."""
+ALGORITHM_DEFAULTS: dict[str, dict[str, object]] = {
+    "reinforce": {},
+    "grpo": {},
+    "reinforce++": {"kl_in": "reward", "kl_estimator": "k1"},
+    "reinforce++-baseline": {"kl_estimator": "k2"},
+    "rloo": {"kl_in": "reward", "kl_estimator": "k1"},
+    "dr_grpo": {"aggregation": "seq-mean-token-sum-norm", "kl_coefficient": 0.0},
+    "dapo": {
+        "clip_high": 0.28,
+        "kl_coefficient": 0.0,
+        "max_resampled_batches": 2,
+        "mask_stop_reasons": ("length_limit", "context_limit"),
+    },
+    "gspo": {
+        "policy_loss": "gspo",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "aggregation": "seq-mean-token-mean",
+        "kl_coefficient": 0.0,
+    },
+    "cispo": {"policy_loss": "cispo", "clip_low": 1.0, "clip_high": 4.0, "kl_coefficient": 0.0},
+}
+"""What `algorithm.name` sets besides the advantages, as its paper has it; a key that is given wins."""
+
+
+class AlgorithmConfig(Section):
+    """How rewards become advantages, and advantages a loss.
+
+    `name` chooses a row of `learn/algorithms.py` and, for keys that are not given, the values of ALGORITHM_DEFAULTS.
+    """
+
+    name: AlgorithmName = "grpo"
+    """How rewards become advantages."""
+    policy_loss: Literal["ppo", "gspo", "cispo", "reinforce"] = "ppo"
+    """`ppo`: clipped ratio of each token; `gspo`: of each trajectory; `cispo`: the ratio is a clipped weight without
+    gradient; `reinforce`: no ratio."""
     clip_low: Annotated[float, Field(ge=0.0)] = 0.2
     """The ratio's lower clip is 1 - clip_low."""
     clip_high: Annotated[float, Field(ge=0.0)] = 0.2
     """The ratio's upper clip is 1 + clip_high."""
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    """Bounds the loss of a token with a negative advantage at this many times the advantage (3.0 is usual)."""
+    aggregation: Literal[
+        "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+    ] = "token-mean"
+    """How token losses add up; the last divides each trajectory by the tokens it may write at most."""
     kl_coefficient: Annotated[float, Field(ge=0.0)] = 0.001
-    """Weight of the k3 KL to the frozen reference, added to the loss; 0 loads no reference."""
+    """Weight of the KL to the frozen reference; 0 loads no reference."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the KL counts: added to the loss, or taken off the reward of each token."""
+    kl_estimator: Literal["k1", "k2", "k3", "k1+", "k3+"] = "k3"
+    """Estimate per token. `+` keeps the value and has k2's gradient. In the reward only `k1` is unbiased."""
+    kl_target: Annotated[float, Field(gt=0.0)] | None = None
+    """Nats per token to steer the coefficient to, by 10 % a step at most; empty leaves it fixed."""
     entropy_coefficient: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of the entropy bonus."""
     advantage_eps: Annotated[float, Field(gt=0.0)] = 1e-6
-    """GRPO divides by std + this."""
+    """Added to the standard deviation that advantages are divided by."""
+    old_logprobs: Literal["trainer", "sampler"] = "trainer"
+    """Whose log-probabilities the ratio starts from. `sampler` saves the scoring pass of several updates per batch."""
+    correction: Literal["none", "token", "sequence"] = "none"
+    """Importance weights between sampler and trainer, per token or per trajectory; they count as constants."""
+    correction_mode: Literal["truncate", "mask"] = "truncate"
+    """What happens to a weight above correction_high (and, masked, below correction_low)."""
+    correction_high: Annotated[float, Field(ge=1.0)] = 2.0
+    """Upper bound of an importance weight."""
+    correction_low: Probability = 0.5
+    """Lower bound of an importance weight; used by `mask`."""
+    overlong_limit: NonNegative = 0
+    """Tokens a trajectory may write before its reward falls; 0: no such penalty."""
+    overlong_buffer: Positive = 1
+    """Tokens past overlong_limit over which the penalty grows linearly to 1."""
+    max_resampled_batches: NonNegative = 0
+    """Groups without signal are replaced by those of up to this many more batches of questions; 0 keeps them."""
     mask_stop_reasons: tuple[Literal["turn_limit", "length_limit", "context_limit"], ...] = ()
     """Trajectories that ended so are left out of the loss, as failed searches always are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_by_name(cls, given: object) -> object:
+        if not isinstance(given, dict):
+            return given
+        return ALGORITHM_DEFAULTS.get(str(given.get("name", "grpo")), {}) | given
+
+    @model_validator(mode="after")
+    def _check(self) -> AlgorithmConfig:
+        if self.kl_in == "reward" and self.kl_estimator.endswith("+"):
+            raise ValueError(
+                f"algorithm.kl_estimator is {self.kl_estimator!r}: a reward has no gradient for the `+` to replace. "
+                "Take 'k1', or set algorithm.kl_in = 'loss'."
+            )
+        if self.old_logprobs == "sampler" and self.correction != "none":
+            raise ValueError(
+                "algorithm.correction weighs the trainer's old log-probabilities against the sampler's, but "
+                "algorithm.old_logprobs = 'sampler' uses the sampler's alone. Choose one of the two."
+            )
+        return self
 
 
 class TrainConfig(Section):

@@ -100,3 +100,84 @@ def test_packing_and_crediting_must_agree_on_what_is_masked(make_trajectory, mak
 def test_nothing_played() -> None:
     batch = credited([], "grpo")
     assert batch.advantages.shape == batch.sequence_advantages.shape == batch.dead_groups.shape == (0,)
+
+
+# Two groups of two trajectories; the first writes two tokens around a document, the others one token each.
+BY_HAND = {
+    # name: advantages at the loss tokens of trajectories with rewards 1, 0 | 0.5, 0.5
+    "reinforce": [1, 1, 0, 0.5, 0.5],
+    "dr_grpo": [0.5, 0.5, -0.5, 0, 0],
+    "rloo": [1, 1, -1, 0, 0],
+    "grpo": [2**-0.5, 2**-0.5, -(2**-0.5), 0, 0],
+    # returns 1 1 0 .5 .5: mean .6, unbiased variance .175
+    "reinforce++": [(x - 0.6) / 0.175**0.5 for x in (1, 1, 0, 0.5, 0.5)],
+    # centred .5 .5 -.5 0 0: mean .1, unbiased variance .175
+    "reinforce++-baseline": [(x - 0.1) / 0.175**0.5 for x in (0.5, 0.5, -0.5, 0, 0)],
+}
+SAME_ADVANTAGES = {"dapo": "grpo", "gspo": "grpo", "cispo": "grpo"}
+
+
+def two_groups(make_trajectory, make_group) -> list[Group]:  # type: ignore[no-untyped-def]
+    two_turns = [([3], [5]), ([6], [])]
+    return [
+        make_group([make_trajectory([1], two_turns, reward=1.0), make_trajectory([1], [([2], [])], reward=0.0)]),
+        make_group([make_trajectory([1], [([2], [])], reward=0.5) for _ in range(2)]),
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_each_algorithm_by_hand(make_trajectory, make_group, name: str) -> None:  # type: ignore[no-untyped-def]
+    batch = credited(two_groups(make_trajectory, make_group), name, kl_coefficient=0.0)
+    at_loss_tokens = batch.advantages[batch.scored.packed.loss_index].tolist()
+    assert at_loss_tokens == pytest.approx(BY_HAND[SAME_ADVANTAGES.get(name, name)], abs=2e-6)
+    assert not batch.advantages[~batch.scored.packed.loss_mask].any()
+    dead = {"reinforce": [False, False], "reinforce++": [False, False]}.get(name, [False, True])
+    assert batch.dead_groups.tolist() == dead
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_a_better_trajectory_never_gets_less(make_groups, name: str) -> None:  # type: ignore[no-untyped-def]
+    """Inside a group advantages rise with rewards; raising one reward raises its own advantage against the others'."""
+    groups = make_groups(4, 4)
+    batch = credited(groups, name, kl_coefficient=0.0)
+    for number, group in enumerate(groups):
+        rewards = torch.tensor([t.reward for t in group.trajectories])
+        advantages = batch.sequence_advantages[batch.scored.packed.group == number]
+        assert (advantages[rewards.argsort()].diff() > 0).all()
+
+
+def test_overlong_answers_cost_up_to_one(make_trajectory, make_group) -> None:  # type: ignore[no-untyped-def]
+    lengths = [2, 4, 5, 8, 9]
+    group = make_group([make_trajectory([1], [([2] * n, [])], reward=1.0) for n in lengths])
+    batch = credited([group], "reinforce", overlong_limit=4, overlong_buffer=4)
+    assert batch.sequence_advantages.tolist() == [1.0, 1.0, 0.75, 0.0, 0.0]
+
+
+def test_kl_in_the_reward_counts_from_each_token_on(make_trajectory, make_group) -> None:  # type: ignore[no-untyped-def]
+    packed = pack(two_groups(make_trajectory, make_group), token_budget=1000)
+    # inputs 1 3 5 | 1 | 1 | 1, loss tokens at 0, 2, 3, 4, 5
+    old = torch.tensor([-1.0, 0.0, -2.0, -1.0, -1.0, -1.0])
+    reference = torch.tensor([-1.5, torch.nan, -1.0, -1.0, -1.0, -1.0])  # k1: 0.5, -1, 0, 0, 0
+    scored = ScoredBatch(packed=packed, old_logprobs=old, ref_logprobs=reference)
+    config = AlgorithmConfig(name="reinforce++", kl_coefficient=0.1)
+    returns = torch.tensor([1.0 - 0.05 + 0.1, 1.0 + 0.1, 0.0, 0.5, 0.5], dtype=torch.float64)
+    expected = (returns - returns.mean()) / returns.std()
+    got = credit(scored, config).advantages[packed.loss_index]
+    assert got.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    summed = credit(scored, config.model_copy(update={"name": "reinforce"})).advantages[packed.loss_index]
+    assert summed.tolist() == pytest.approx([1.05, 1.05, 0.0, 0.5, 0.5])  # -0.1 * (0.5 - 1)
+
+
+def test_kl_in_the_reward_asks_for_the_scores_it_needs(make_groups) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="old_logprobs=True and a reference"):
+        credited(make_groups(2, 2), "rloo", kl_coefficient=0.1)
+    credited(make_groups(2, 2), "rloo", kl_coefficient=0.0)
+
+
+def test_a_name_sets_what_its_paper_has_and_given_keys_win() -> None:
+    assert AlgorithmConfig(name="dapo").clip_high == 0.28
+    assert AlgorithmConfig(name="dapo", clip_high=0.2).clip_high == 0.2
+    assert AlgorithmConfig(name="gspo").policy_loss == "gspo"
+    config = AlgorithmConfig(name="reinforce++")
+    assert (config.kl_in, config.kl_estimator) == ("reward", "k1")
+    assert AlgorithmConfig(**config.model_dump()) == config

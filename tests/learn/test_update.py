@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,12 +114,7 @@ def test_the_kl_term_pulls_towards_the_reference(make_groups) -> None:  # type: 
     kls = []
     for _ in range(20):
         batch = make_batch(make_groups(2, 2), roles, algorithm)
-        flat = TrainBatch(
-            scored=batch.scored,
-            advantages=torch.zeros_like(batch.advantages),
-            sequence_advantages=torch.zeros_like(batch.sequence_advantages),
-            dead_groups=batch.dead_groups,
-        )
+        flat = replace(batch, advantages=torch.zeros_like(batch.advantages))
         values = updater.update(flat).values
         kls.append(values["kl/reference"])
         assert values["loss/kl"] == pytest.approx(kls[-1]) and values["loss/policy"] == 0.0

@@ -1,49 +1,108 @@
 """How rewards become advantages: one pure function per algorithm, and the table of them.
 
-An algorithm sees the whole step and gives one advantage per trajectory; each of its loss tokens gets that advantage.
+An algorithm sees the whole step and gives every loss token its advantage. Trajectories that are not trainable take
+part in nothing. Statistics over the step (whitening) are those of all ranks together; groups never span ranks.
+S trajectories, G groups, N tokens, R a trajectory's reward.
+
+    reinforce              A = R                                                       arXiv:2505.04588
+    grpo                   A = (R - mean of group) / (unbiased std of group + eps)     arXiv:2402.03300, section 4.1
+    dr_grpo                A = R - mean of group                                       arXiv:2503.20783
+    rloo                   A = R - mean of the others in the group                     arXiv:2402.14740
+    reinforce++            A = whitened over tokens (R - sum of KL from here on)       arXiv:2501.03262
+    reinforce++-baseline   A = whitened over tokens (R - mean of group)                arXiv:2501.03262, section 3.3
+
+DAPO, GSPO and CISPO take GRPO's advantages; what else makes them is in config.ALGORITHM_DEFAULTS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from zs_fast.config import AlgorithmConfig
 from zs_fast.learn.batch import PackedBatch, ScoredBatch, TrainBatch
-from zs_kernels import group_advantages
+from zs_fast.system.distributed import all_reduce_sums
+from zs_kernels import gae, group_advantages, kl_estimates
 
-Algorithm = Callable[[PackedBatch, AlgorithmConfig], tuple[Tensor, Tensor]]
-"""-> (advantages [S] float32, dead groups [G] bool)"""
+WHITENING_EPS = 1e-8
+"""Added to the variance before its root, as verl does."""
 
 
-def grpo(batch: PackedBatch, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """Reward against the trainable trajectories of its own group: (r - mean) / (unbiased std + eps).
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Credit:
+    """What an algorithm gives."""
 
-    A group is dead, with advantages of exactly 0, when it has fewer than two trainable trajectories or their rewards
-    are all equal. arXiv:2402.03300, section 4.1.
+    advantages: Tensor
+    """[N] float32, on the batch's device; whatever stands outside the loss tokens is not used"""
+    dead_groups: Tensor
+    """[G] bool, on the CPU; True where a group's rewards give no gradient"""
+
+
+Algorithm = Callable[[PackedBatch, Tensor, AlgorithmConfig], Credit]
+"""(batch, KL penalty of each token [N] in units of reward, config) -> credit"""
+
+
+def reinforce(batch: PackedBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
+    """The raw reward, without a baseline: ZeroSearch's default. A group is dead when no trainable trajectory of it has
+    a reward other than 0."""
+    rewards = torch.where(batch.trainable, _sequence_rewards(batch, penalty), 0.0)
+    signals = torch.zeros(batch.num_groups, dtype=torch.int64).index_add(0, batch.group, (rewards != 0).long())
+    return Credit(advantages=_at_tokens(batch, rewards), dead_groups=signals == 0)
+
+
+def grpo(batch: PackedBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
+    """Against the trainable trajectories of its own group, in units of their spread. A group is dead, with advantages
+    of exactly 0, when it has fewer than two trainable trajectories or their rewards are all equal."""
+    return _against_group(batch, penalty, config, "grpo")
+
+
+def dr_grpo(batch: PackedBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
+    """Against the group's mean, not divided by its spread, so that easy and hard questions weigh alike."""
+    return _against_group(batch, penalty, config, "dr_grpo")
+
+
+def rloo(batch: PackedBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
+    """Against the mean of the other trajectories of the group."""
+    return _against_group(batch, penalty, config, "rloo")
+
+
+def reinforce_plus_plus(batch: PackedBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
+    """Each token's own return, the reward at the trajectory's end and the KL penalty from the token on, whitened over
+    all loss tokens of the step. The baseline is the step's mean: no group is dead that has a trainable trajectory."""
+    rewards = _token_rewards(batch, penalty)
+    bounds = torch.tensor(batch.cu_seqlens, device=rewards.device)
+    returns, _ = gae(rewards, torch.zeros_like(rewards), batch.loss_mask, bounds, gamma=1.0, lam=1.0)
+    trainable = torch.zeros(batch.num_groups, dtype=torch.int64).index_add(0, batch.group, batch.trainable.long())
+    return Credit(advantages=_whitened(batch, returns), dead_groups=trainable == 0)
+
+
+def reinforce_plus_plus_baseline(batch: PackedBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
+    """Against the group's mean, then whitened over all loss tokens of the step."""
+    credit = _against_group(batch, penalty, config, "dr_grpo")
+    return replace(credit, advantages=_whitened(batch, credit.advantages))
+
+
+ALGORITHMS: Mapping[str, Algorithm] = {
+    "reinforce": reinforce,
+    "grpo": grpo,
+    "reinforce++": reinforce_plus_plus,
+    "reinforce++-baseline": reinforce_plus_plus_baseline,
+    "rloo": rloo,
+    "dr_grpo": dr_grpo,
+    "dapo": grpo,
+    "gspo": grpo,
+    "cispo": grpo,
+}
+
+
+def credit(scored: ScoredBatch, config: AlgorithmConfig, *, kl_coefficient: float | None = None) -> TrainBatch:
+    """The scored batch with each loss token's advantage, by the algorithm that `config` names.
+
+    kl_coefficient: the present one where it is steered; by default the one of `config`.
     """
-    result = group_advantages(
-        batch.rewards, batch.group, batch.num_groups, mode="grpo", valid=batch.trainable, eps=config.advantage_eps
-    )
-    return result.advantages, result.dead
-
-
-def reinforce(batch: PackedBatch, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """The raw reward, without a baseline: ZeroSearch's default (arXiv:2505.04588). A group is dead when no trainable
-    trajectory of it has a reward other than 0."""
-    advantages = torch.where(batch.trainable, batch.rewards, 0.0)
-    signals = torch.zeros(batch.num_groups, dtype=torch.int64)
-    signals = signals.index_add(0, batch.group, (advantages != 0).long())
-    return advantages.float(), signals == 0
-
-
-ALGORITHMS: Mapping[str, Algorithm] = {"grpo": grpo, "reinforce": reinforce}
-
-
-def credit(scored: ScoredBatch, config: AlgorithmConfig) -> TrainBatch:
-    """The scored batch with each loss token's advantage, by the algorithm that `config` names."""
     packed = scored.packed
     for reason, trainable in zip(packed.stop_reasons, packed.trainable.tolist(), strict=True):
         if trainable and reason in config.mask_stop_reasons:
@@ -51,11 +110,95 @@ def credit(scored: ScoredBatch, config: AlgorithmConfig) -> TrainBatch:
                 f"a trajectory that ended with {reason.value} is trainable, but algorithm.mask_stop_reasons names that "
                 "reason; give the same reasons to pack(mask=...)"
             )
-    sequence_advantages, dead_groups = ALGORITHMS[config.name](packed, config)
-    per_token = sequence_advantages.to(packed.inputs.device)[packed.sequence]
+    coefficient = config.kl_coefficient if kl_coefficient is None else kl_coefficient
+    shaped = replace(packed, rewards=packed.rewards - overlong_penalty(packed, config))
+    given = ALGORITHMS[config.name](shaped, _kl_penalty(scored, config, coefficient), config)
+    advantages = torch.where(packed.loss_mask, given.advantages, 0.0)
     return TrainBatch(
         scored=scored,
-        advantages=torch.where(packed.loss_mask, per_token, 0.0),
-        sequence_advantages=sequence_advantages,
-        dead_groups=dead_groups,
+        advantages=advantages,
+        sequence_advantages=_mean_of_sequences(packed, advantages),
+        dead_groups=given.dead_groups,
+        kl_coefficient=coefficient,
     )
+
+
+def overlong_penalty(batch: PackedBatch, config: AlgorithmConfig) -> Tensor:
+    """[S] float64: 0 up to overlong_limit written tokens, then linearly up to 1 over overlong_buffer tokens.
+
+    arXiv:2503.14476, equation 13, with L_max = overlong_limit + overlong_buffer.
+    """
+    if not config.overlong_limit:
+        return torch.zeros_like(batch.rewards)
+    written = torch.tensor(batch.loss_offsets).diff().double()
+    return ((written - config.overlong_limit) / config.overlong_buffer).clamp(0.0, 1.0)
+
+
+def _kl_penalty(scored: ScoredBatch, config: AlgorithmConfig, coefficient: float) -> Tensor:
+    """[N] float32: what the KL to the reference takes off each loss token's reward; zeros with the KL in the loss."""
+    packed = scored.packed
+    if config.kl_in != "reward" or not coefficient:
+        return torch.zeros(packed.num_tokens, device=packed.inputs.device)
+    if scored.old_logprobs is None or scored.ref_logprobs is None:
+        raise ValueError(
+            "algorithm.kl_in = 'reward' takes the log-probabilities of policy and reference before the update; "
+            "score(...) the batch with old_logprobs=True and a reference"
+        )
+    return coefficient * kl_estimates(
+        scored.old_logprobs,
+        scored.ref_logprobs,
+        estimator=config.kl_estimator,
+        clamp="verl",
+        mask=packed.loss_mask,
+    )
+
+
+def _sequence_rewards(batch: PackedBatch, penalty: Tensor) -> Tensor:
+    """[S] float64 on the CPU: reward less the trajectory's KL penalties."""
+    sums = torch.zeros(batch.num_sequences, dtype=torch.float64, device=penalty.device)
+    return batch.rewards - sums.index_add(0, batch.sequence, penalty.double()).cpu()
+
+
+def _token_rewards(batch: PackedBatch, penalty: Tensor) -> Tensor:
+    """[N] float32: less the KL penalty at every loss token, and the trajectory's reward at its last one."""
+    rewards = -penalty
+    ends = torch.tensor(batch.cu_seqlens[1:])
+    written = torch.tensor(batch.cu_seqlens).diff() > 0  # a sequence is cut after its last loss token
+    last = (ends[written] - 1).to(rewards.device)
+    return rewards.index_add(0, last, batch.rewards[written].float().to(rewards.device))
+
+
+def _against_group(batch: PackedBatch, penalty: Tensor, config: AlgorithmConfig, mode: str) -> Credit:
+    result = group_advantages(
+        _sequence_rewards(batch, penalty),
+        batch.group,
+        batch.num_groups,
+        mode=mode,
+        valid=batch.trainable,
+        eps=config.advantage_eps,
+    )
+    return Credit(advantages=_at_tokens(batch, result.advantages), dead_groups=result.dead)
+
+
+def _at_tokens(batch: PackedBatch, per_sequence: Tensor) -> Tensor:
+    """[N] float32 on the batch's device: each token has its trajectory's number."""
+    return per_sequence.float().to(batch.inputs.device)[batch.sequence]
+
+
+def _whitened(batch: PackedBatch, values: Tensor) -> Tensor:
+    """[N] float32: mean 0 and unbiased variance 1 over the loss tokens of all ranks; all 0 where they are all equal."""
+    chosen = values[batch.loss_index].double()
+    totals = all_reduce_sums({"count": chosen.numel(), "sum": float(chosen.sum())})
+    mean = totals["sum"] / max(totals["count"], 1.0)
+    squares = all_reduce_sums({"squares": float((chosen - mean).square().sum())})["squares"]
+    variance = squares / max(totals["count"] - 1.0, 1.0)
+    whitened = (values.double() - mean) * (variance + WHITENING_EPS) ** -0.5
+    return torch.where(batch.loss_mask, whitened, 0.0).float()
+
+
+def _mean_of_sequences(batch: PackedBatch, advantages: Tensor) -> Tensor:
+    """[S] float32 on the CPU: mean advantage of each trajectory's loss tokens, 0 for one without."""
+    sums = torch.zeros(batch.num_sequences, dtype=torch.float64, device=advantages.device)
+    sums = sums.index_add(0, batch.sequence, advantages.double()).cpu()
+    written = torch.tensor(batch.loss_offsets).diff()
+    return (sums / written.clamp(min=1)).float()

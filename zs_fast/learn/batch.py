@@ -179,6 +179,8 @@ class TrainBatch:
     advantages: Tensor
     """[N] float32, 0 outside the loss tokens"""
     sequence_advantages: Tensor
-    """[S] float32, on the CPU; 0 for a trajectory that is not trainable"""
+    """[S] float32, on the CPU: mean over a trajectory's loss tokens, 0 for one without"""
     dead_groups: Tensor
     """[G] bool, on the CPU; True where a group's rewards give no gradient"""
+    kl_coefficient: float
+    """Weight of the KL to the reference in this step"""
