@@ -17,6 +17,17 @@ import torch
 from torch import Tensor
 
 from zs_kernels._check import require, require_floating, require_index, require_mask, require_positive
+from zs_kernels._sweeps import Sweep, merge_partials, sweep_gradient, sweep_partials, sweep_statistics
+
+__all__ = [
+    "Sweep",
+    "TokenLogprobs",
+    "merge_partials",
+    "sweep_gradient",
+    "sweep_partials",
+    "sweep_statistics",
+    "token_logprobs",
+]
 
 
 class TokenLogprobs(NamedTuple):
