@@ -69,7 +69,7 @@ def test_masked_tokens_are_zero_with_zero_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    "change, word", [({"estimator": "k4"}, "'estimator'"), ({"clamp": "trl"}, "'clamp'"), ({}, "'ref_logprobs'")]
+    "change, word", [({"estimator": "k4"}, "'estimator'"), ({"clamp": "nobody"}, "'clamp'"), ({}, "'ref_logprobs'")]
 )
 def test_wrong_arguments_are_named(change: dict, word: str) -> None:
     with pytest.raises(ValueError, match=word):
