@@ -23,9 +23,8 @@ def transformed_logits(raw, bias, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: 
     """(z, dz/draw) of float32 logits: softcap * tanh(raw / softcap) + bias, or the bias first; -inf stays -inf."""
     z = raw
     slope = tl.zeros_like(raw) + 1.0
-    if HAS_BIAS:
-        if BIAS_FIRST:
-            z = z + bias
+    if HAS_BIAS and BIAS_FIRST:
+        z = z + bias
     if HAS_SOFTCAP:
         ratio = z / softcap
         small = tl.exp2(tl.abs(ratio) * -2.8853900817779268)  # exp(-2 |ratio|): never overflows
@@ -33,9 +32,8 @@ def transformed_logits(raw, bias, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: 
         tanh = tl.where(ratio < 0.0, -tanh, tanh)
         slope = 1.0 - tanh * tanh
         z = tl.where(z == -float("inf"), z, softcap * tanh)
-    if HAS_BIAS:
-        if not BIAS_FIRST:
-            z = z + bias
+    if HAS_BIAS and not BIAS_FIRST:
+        z = z + bias
     return z, slope
 
 
@@ -83,7 +81,7 @@ def row_statistics(
     t = tl.full((), 0.0, tl.float32)
     q = tl.full((), 0.0, tl.float32)
     for first in range(begin, end, BLOCK):
-        columns, raw, offset = load_block(row_logits, ids, first, end, bias, HAS_KEEP, HAS_BIAS, BLOCK)
+        _, _, raw, offset = load_block(row_logits, ids, first, end, bias, HAS_KEEP, HAS_BIAS, BLOCK)
         z, _ = transformed_logits(raw, offset, softcap, HAS_BIAS, HAS_SOFTCAP, BIAS_FIRST)
         block_m, block_s, block_t, block_q = block_statistics(z, scale)
         m, s, t, q = merge_statistics(m, s, t, q, block_m, block_s, block_t, block_q, scale)
@@ -92,7 +90,7 @@ def row_statistics(
 
 @triton.jit
 def load_block(row_logits, ids, first, end, bias, HAS_KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """(columns, logits, bias) of a block, float32; past the end the column is -1, the logit -inf, the bias 0."""
+    """(columns, which of them count, logits, bias) of a block, float32; past the end the logit is -inf, the bias 0."""
     place = first + tl.arange(0, BLOCK)
     inside = place < end
     columns = place
@@ -102,7 +100,7 @@ def load_block(row_logits, ids, first, end, bias, HAS_KEEP: tl.constexpr, HAS_BI
     offset = tl.zeros_like(raw)
     if HAS_BIAS:
         offset = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(inside, columns, -1), raw, offset
+    return columns, inside, raw, offset
 
 
 @triton.jit
@@ -254,21 +252,22 @@ def blocks_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program per block of a row, for few rows: (m, s, t, q) into statistics [M, blocks, 4]."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    first = (program - row * blocks).to(tl.int32) * BLOCK
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    first = program % blocks * BLOCK
     wanted = tl.full((), 1, tl.int1)
     if HAS_MASK:
         wanted = tl.load(mask + row) != 0
     if wanted:
         scale = row_scale(inverse_temperatures, row, inverse_temperature, PER_ROW) * 1.4426950408889634
-        _, raw, offset = load_block(logits + row * row_stride, mask, first, V, bias, False, HAS_BIAS, BLOCK)
+        _, _, raw, offset = load_block(logits + row * row_stride, mask, first, V, bias, False, HAS_BIAS, BLOCK)
         z, _ = transformed_logits(raw, offset, softcap, HAS_BIAS, HAS_SOFTCAP, BIAS_FIRST)
         m, s, t, q = block_statistics(z, scale)
-        tl.store(statistics + program * 4, m)
-        tl.store(statistics + program * 4 + 1, s)
-        tl.store(statistics + program * 4 + 2, t)
-        tl.store(statistics + program * 4 + 3, q)
+        part = statistics + program.to(tl.int64) * 4
+        tl.store(part, m)
+        tl.store(part + 1, s)
+        tl.store(part + 2, t)
+        tl.store(part + 3, q)
 
 
 @triton.jit
@@ -393,11 +392,11 @@ def gradient_kernel(
     """One program per block of a row (with HAS_KEEP per row, over its kept columns alone). Rows that are masked, have
     no finite logit or have upstream gradient 0 get 0 and are not read. `out` may be `logits`: a program reads its
     block before it writes it, and nobody else's."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
     begin, end = row_range(offsets, row, V, HAS_KEEP)
     if not HAS_KEEP:
-        begin = (program - row * blocks).to(tl.int32) * BLOCK
+        begin = program % blocks * BLOCK
         end = tl.minimum(begin + BLOCK, V)
     grad_logprob = tl.load(grad_logprobs + row).to(tl.float32)
     logsumexp = tl.load(logsumexps + row).to(tl.float32)
@@ -412,17 +411,18 @@ def gradient_kernel(
         wanted = wanted & (tl.load(mask + row) != 0)
     inverse = row_scale(inverse_temperatures, row, inverse_temperature, PER_ROW)
     chosen = tl.load(index + row).to(tl.int64)
+    chosen = tl.where((chosen >= 0) & (chosen < V), chosen, -1).to(tl.int32)
     row_logits = logits + row * row_stride
     row_out = out + row * out_stride
     for first in range(begin, end, BLOCK):
         if wanted:
-            columns, raw, offset = load_block(row_logits, ids, first, end, bias, HAS_KEEP, HAS_BIAS, BLOCK)
+            columns, inside, raw, offset = load_block(row_logits, ids, first, end, bias, HAS_KEEP, HAS_BIAS, BLOCK)
             z, slope = transformed_logits(raw, offset, softcap, HAS_BIAS, HAS_SOFTCAP, BIAS_FIRST)
-            is_chosen = (columns == chosen) & (columns >= 0)
+            is_chosen = (columns == chosen) & inside
             grad = block_gradient(
                 z, slope, is_chosen, inverse, logsumexp, entropy, grad_logprob, grad_entropy, HAS_ENTROPY
             )
-            tl.store(row_out + columns, grad.to(out.dtype.element_ty), mask=columns >= 0)
+            tl.store(row_out + columns, grad.to(out.dtype.element_ty), mask=inside)
         elif not HAS_KEEP:
             columns = first + tl.arange(0, BLOCK)
             zeros = tl.zeros((BLOCK,), tl.float32)

@@ -275,6 +275,7 @@ def _block(columns: int, largest: int) -> tuple[int, int]:
 
 STATISTICS_BLOCK = 8192
 GRADIENT_BLOCK = 4096
+KEEP_BLOCK = 1024
 
 
 def _arguments(
@@ -315,7 +316,7 @@ def _statistics_triton(
     squares = torch.empty(rows if sum_squares else 0, **made)
     if rows == 0:
         return Sweep(logprobs, logsumexp, entropies, squares)
-    block, warps = _block(vocabulary, largest_block)
+    block, warps = _block(vocabulary, largest_block if keep is None else KEEP_BLOCK)
     blocks = triton.cdiv(vocabulary, block)
     flags["HAS_MASK"] = mask is not None
     mask = logits if mask is None else mask.contiguous()
@@ -374,7 +375,7 @@ def _gradient_triton(
     target = _dense_rows(out) if out.stride(0) >= vocabulary or rows == 1 else torch.empty_like(logits)
     values, flags = _arguments(logits, inverse_temperature, bias, softcap, bias_first)
     has_entropy = grad_entropy is not None and entropy is not None
-    block, warps = _block(vocabulary, largest_block)
+    block, warps = _block(vocabulary, largest_block if keep is None else KEEP_BLOCK)
     blocks = 1 if keep is not None else triton.cdiv(vocabulary, block)
     offsets, ids = (logits, logits) if keep is None else keep
     kernels.gradient_kernel[(rows * blocks,)](
