@@ -34,8 +34,10 @@ def require_tensor(op: str, argument: str, value: object) -> None:
 def require_floating(op: str, argument: str, value: Tensor, *, shape: tuple[int, ...] | None = None) -> None:
     """Raise unless `value` is a floating-point tensor (of exactly `shape`, when given)."""
     require_tensor(op, argument, value)
+    if value.is_floating_point() and (shape is None or tuple(value.shape) == shape):
+        return  # the message is made only when needed: writing sizes out would tie a compiled graph to them
     wanted = "a floating-point tensor" + (f" of shape {list(shape)}" if shape is not None else "")
-    require(value.is_floating_point() and (shape is None or tuple(value.shape) == shape), op, argument, wanted, value)
+    require(False, op, argument, wanted, value)
 
 
 def require_mask(op: str, argument: str, mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
@@ -43,8 +45,8 @@ def require_mask(op: str, argument: str, mask: Tensor | None, shape: tuple[int, 
     if mask is None:
         return
     require_tensor(op, argument, mask)
-    good = mask.dtype == torch.bool and tuple(mask.shape) == shape and mask.device == device
-    require(good, op, argument, f"a bool tensor of shape {list(shape)} on {device}", mask)
+    if not (mask.dtype == torch.bool and tuple(mask.shape) == shape and mask.device == device):
+        require(False, op, argument, f"a bool tensor of shape {list(shape)} on {device}", mask)
 
 
 def require_index(
@@ -59,8 +61,8 @@ def require_index(
 ) -> None:
     """Raise unless `index` is an int64/int32 tensor of `shape` whose unmasked values lie in [0, limit)."""
     require_tensor(op, argument, index)
-    good = index.dtype in (torch.int64, torch.int32) and tuple(index.shape) == shape and index.device == device
-    require(good, op, argument, f"an int64 or int32 tensor of shape {list(shape)} on {device}", index)
+    if not (index.dtype in (torch.int64, torch.int32) and tuple(index.shape) == shape and index.device == device):
+        require(False, op, argument, f"an int64 or int32 tensor of shape {list(shape)} on {device}", index)
     if index.device.type != "cpu" and os.environ.get("ZS_KERNELS_CHECKED") != "1":
         return
     chosen = index if mask is None else index[mask]
