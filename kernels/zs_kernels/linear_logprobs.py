@@ -5,28 +5,39 @@
 
     dlogits[n, v] = g_n (1[v = index_n] - p[n, v]) - h_n p[n, v] (log p[n, v] + entropy_n)
 
-g, h = upstream gradients of log-prob and entropy. N = rows (tokens), H = hidden size, V = vocabulary; sums, statistics
-and results in float32 (float64 for float64 inputs), in nats. Rows are worked off in chunks whose logits fit in
-`workspace_bytes`; the backward pass computes each chunk's logits again (or, where all rows fit in one chunk, reuses the
-one that the forward pass has made, so that at no time more than one chunk exists).
+g, h = upstream gradients of log-prob and entropy. N = rows (tokens), H = hidden size, V = vocabulary; statistics and
+results in float32 (float64 for float64 inputs), in nats.
+
+Masked rows are left out before the head. The others are worked off in chunks: one matrix product into a workspace, one
+sweep over its rows. The backward pass has one product for the gradient of the hidden states and one for the weight's;
+before them it either computes each chunk's logits again (four products in all) or takes those that the forward pass
+kept (three). With a frozen head and no entropy the forward pass multiplies each log-probability's gradient into the
+hidden state's, [N, H], and the backward pass scales it (two). Where the vocabulary lies in shards, the processes gather
+the five numbers per row that a softmax is made of, and add up their parts of the hidden states' gradient.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from zs_kernels._check import require, require_floating, require_index, require_mask, require_positive
+from zs_kernels import _linear, _linear_liger
+from zs_kernels._check import require, require_index, require_mask, require_positive
+from zs_kernels._device import backend_of
+from zs_kernels._linear import Head, Lora, Wanted
+from zs_kernels._linear_passes import backward_gradients, forward_statistics, pack_rows, rows_with_gradient
+from zs_kernels._linear_shards import Shards, group_name
+from zs_kernels._linear_tiles import tile_statistics
 from zs_kernels.token_logprobs import TokenLogprobs, token_logprobs
 
-CPU_CHUNK_ROWS = 256
-"""A CPU runs chunks of 128 to 256 rows fastest: enough for the matrix products, few enough to stay in the caches."""
-DEFAULT_WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
-"""Most memory of one chunk, unless the caller says otherwise."""
+HeadBackend = Literal["auto", "gemm", "triton", "liger"]
+FEW_ROWS = 256
+"""Where the workspace holds fewer rows, a GPU's matrix products lose more than the fused Triton forward pass does."""
+INVARIANT_ROWS = {"cpu": 256, "cuda": 4096}
+"""Rows of every chunk in batch-invariant mode, where the workspace allows."""
 
 
 def linear_logprobs_reference(
@@ -47,142 +58,274 @@ def linear_logprobs_reference(
     return token_logprobs(logits, index, temperature=temperature, mask=mask, entropy=entropy, softcap=softcap)
 
 
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _kept_rows(rows: int, head: Head, mask: Tensor | None, mask_count: int, kept_bytes: int) -> int:
+    """Rows whose logits the forward pass keeps: all, where their number is known and the budget holds them, or none."""
+    known = rows if mask is None else mask_count
+    return known if known > 0 and known * head.row_bytes <= kept_bytes else 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """What turns a chunk of hidden states into log-probabilities over the vocabulary."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    scale: float | Tensor
-    """1 / temperature: a number or [N]."""
-
-    def log_softmax(self, hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """(log-probabilities [M, V], derivative of the softcap or None) of one chunk, in the statistics' type."""
-        logits = torch.mm(hidden, self.weight.T).to(_statistics_dtype(hidden.dtype))
-        if self.bias is not None:
-            logits += self.bias
-        slope = None
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_()
-            slope = 1.0 - logits * logits
-            logits.mul_(self.softcap)
-        if isinstance(self.scale, Tensor):
-            logits *= self.scale[rows, None]
-        elif self.scale != 1.0:
-            logits *= self.scale
-        return torch.log_softmax(logits, dim=1), slope
+def _invariant_rows(most: int, device: torch.device) -> int:
+    """Rows of every chunk: the largest power of two that both the workspace and INVARIANT_ROWS allow."""
+    return min(1 << (most.bit_length() - 1), INVARIANT_ROWS["cpu" if device.type == "cpu" else "cuda"])
 
 
-def _entropy_terms(logprobs: Tensor, probabilities: Tensor) -> Tensor:
-    """Sum of p log p per row, where a probability of 0 adds 0."""
-    bounded = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # 0 * finite instead of 0 * -inf
-    return (probabilities * bounded).sum(dim=1)
+@torch.library.custom_op("zs_kernels::linear_logprobs", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    row_temperature: Tensor | None,
+    mask: Tensor | None,
+    mask_count: int,
+    lora_scale: float,
+    temperature: float,
+    softcap: float,
+    entropy: bool,
+    sum_squares: bool,
+    exact: bool,
+    tiles: bool,
+    batch_invariant: bool,
+    unit: bool,
+    workspace_bytes: int,
+    kept_bytes: int,
+    group: str,
+    vocabulary_start: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs [N], logsumexp [N], entropy, sum_squares, kept logits [M, V], unit gradient [N, H]), [0] if not wanted.
 
-
-class _LinearLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        index: Tensor,
-        scale: float | Tensor,
-        softcap: float | None,
-        entropy: bool,
-        chunk_rows: int,
-    ) -> tuple[Tensor, Tensor]:
-        rows, dtype = hidden.shape[0], _statistics_dtype(hidden.dtype)
-        head = _Head(weight, bias, softcap, scale)
-        chosen = torch.empty(rows, dtype=dtype, device=hidden.device)
-        entropies = torch.zeros_like(chosen)
-        kept: tuple[Tensor | None, Tensor | None] = (None, None)
-        for start in range(0, rows, chunk_rows):
-            here = slice(start, start + chunk_rows)
-            logprobs, slope = head.log_softmax(hidden[here], here)
-            chosen[here] = logprobs.gather(1, index[here, None]).squeeze(1)
-            if entropy:
-                entropies[here] = -_entropy_terms(logprobs, torch.exp(logprobs))
-            if rows <= chunk_rows and any(ctx.needs_input_grad[:3]):
-                kept = (logprobs, slope)
-        ctx.save_for_backward(hidden, weight, bias, index, entropies, *kept)
-        ctx.scale, ctx.softcap, ctx.chunk_rows = scale, softcap, chunk_rows
-        ctx.set_materialize_grads(False)
-        return chosen, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, index, entropies, kept, kept_slope = ctx.saved_tensors
-        head = _Head(weight, bias, ctx.softcap, ctx.scale)
-        rows, dtype = hidden.shape[0], _statistics_dtype(hidden.dtype)
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
-        grad_bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if need_bias else None
-        for start in range(0, rows, ctx.chunk_rows):
-            here = slice(start, start + ctx.chunk_rows)
-            logprobs, slope = head.log_softmax(hidden[here], here) if kept is None else (kept, kept_slope)
-            grad = _grad_logits(
-                logprobs,
-                index[here],
-                None if grad_logprobs is None else grad_logprobs[here],
-                None if grad_entropy is None else grad_entropy[here],
-                entropies[here],
+    0 stands for None in softcap and workspace_bytes, '' in group, -1 in mask_count.
+    """
+    total, device = hidden.shape[0], hidden.device
+    head = Head(weight, bias, softcap or None, exact, lora_a, lora_b, lora_scale)
+    kept_rows = _kept_rows(total, head, mask, mask_count, kept_bytes)
+    with _linear.without_autocast(device):
+        rows = _linear.compacted(mask, mask_count)
+        states, targets = _linear.selected(hidden, rows), _linear.selected(index, rows)
+        inverse = _linear.inverse_temperature(temperature, row_temperature, rows)
+        kept = hidden.new_empty(kept_rows, head.vocabulary, dtype=head.logits_dtype)
+        units = torch.empty_like(states) if unit and not kept_rows else None
+        if tiles:
+            sweep = tile_statistics(states, weight, targets, inverse, bias=bias, softcap=softcap or None)
+        else:
+            most = _linear.most_rows(head.row_bytes, workspace_bytes or None, device)
+            sweep = forward_statistics(
+                head,
+                states,
+                targets - vocabulary_start if group else targets,
+                inverse,
+                entropy=entropy,
+                sum_squares=sum_squares,
+                most=_invariant_rows(most, device) if batch_invariant else most,
+                padded=batch_invariant,
+                kept=kept,
+                unit=units,
+                shards=Shards(group) if group else None,
             )
-            if isinstance(ctx.scale, Tensor):
-                grad *= ctx.scale[here, None]
-            elif ctx.scale != 1.0:
-                grad *= ctx.scale
-            if slope is not None:
-                grad *= slope
-            if grad_bias is not None:
-                grad_bias += grad.sum(dim=0)
-            grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[here])
-            if grad_weight is not None:
-                if grad_weight.dtype == hidden.dtype:
-                    grad_weight.addmm_(grad.T, hidden[here])
-                else:
-                    grad_weight += grad.T @ hidden[here]
         return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            *[None] * 5,
+            _linear.spread(sweep.logprobs, rows, total),
+            _linear.spread(sweep.logsumexp, rows, total),
+            _linear.spread(sweep.entropy, rows, total) if entropy else sweep.entropy.new_empty(0),
+            _linear.spread(sweep.sum_squares, rows, total) if sum_squares else sweep.sum_squares.new_empty(0),
+            kept,
+            hidden.new_empty(0) if units is None else _linear.spread(units, rows, total),
         )
 
 
-def _grad_logits(
-    logprobs: Tensor, index: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, entropies: Tensor
-) -> Tensor:
-    """Gradient of one chunk's logits [M, V] from the upstream gradients [M] of log-prob and entropy (None is 0)."""
-    grad = torch.exp(logprobs)
-    factor = torch.zeros_like(entropies) if grad_logprobs is None else -grad_logprobs
-    if grad_entropy is None:
-        grad *= factor[:, None]
-    else:
-        bounded = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # p = 0 then gives 0, not 0 * inf
-        grad *= factor[:, None] - grad_entropy[:, None] * (bounded + entropies[:, None])
-    if grad_logprobs is not None:
-        grad.scatter_add_(1, index[:, None], grad_logprobs[:, None])
-    return grad
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    row_temperature: Tensor | None,
+    mask: Tensor | None,
+    mask_count: int,
+    lora_scale: float,
+    temperature: float,
+    softcap: float,
+    entropy: bool,
+    sum_squares: bool,
+    exact: bool,
+    tiles: bool,
+    batch_invariant: bool,
+    unit: bool,
+    workspace_bytes: int,
+    kept_bytes: int,
+    group: str,
+    vocabulary_start: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, head = hidden.shape[0], Head(weight, exact=exact)
+    kept = _kept_rows(rows, head, mask, mask_count, kept_bytes)
+    dtype = _linear.statistics_dtype(hidden.dtype)
+    return (
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(rows if entropy else 0, dtype=dtype),
+        hidden.new_empty(rows if sum_squares else 0, dtype=dtype),
+        hidden.new_empty(kept, weight.shape[0], dtype=head.logits_dtype),
+        hidden.new_empty(hidden.shape if unit and not kept else (0,)),
+    )
 
 
-def _chunk_rows(hidden: Tensor, vocabulary: int, workspace_bytes: int | None) -> int:
-    """Rows of a chunk whose logits, with two temporaries of their size, fit in the workspace."""
-    row_bytes = 3 * vocabulary * torch.finfo(_statistics_dtype(hidden.dtype)).bits // 8
-    if workspace_bytes is not None:
-        return max(1, workspace_bytes // row_bytes)
-    kind = hidden.device.type
-    rows = max(1, DEFAULT_WORKSPACE_BYTES.get(kind, DEFAULT_WORKSPACE_BYTES["cuda"]) // row_bytes)
-    return min(rows, CPU_CHUNK_ROWS) if kind == "cpu" else rows
+@torch.library.custom_op("zs_kernels::linear_logprobs_backward", mutates_args={"kept"})
+def _backward(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    kept: Tensor,
+    unit: Tensor,
+    logsumexp: Tensor,
+    entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    row_temperature: Tensor | None,
+    mask: Tensor | None,
+    mask_count: int,
+    lora_scale: float,
+    temperature: float,
+    softcap: float,
+    exact: bool,
+    workspace_bytes: int,
+    group: str,
+    vocabulary_start: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight, bias, lora_a, lora_b, [0] for one not wanted; overwrites the kept logits."""
+    total, device = hidden.shape[0], hidden.device
+    head = Head(weight, bias, softcap or None, exact, lora_a, lora_b, lora_scale)
+    if grad_logprobs is None:
+        grad_logprobs = torch.zeros_like(logsumexp)
+    with _linear.without_autocast(device):
+        if unit.numel():
+            scale = grad_logprobs if mask is None else torch.where(mask, grad_logprobs, 0.0)
+            nothing = (hidden.new_empty(0) for _ in range(4))
+            return ((unit * scale[:, None]).to(hidden.dtype), *nothing)
+        rows = _linear.compacted(mask, mask_count)
+        slots = [_linear.selected(grad_logprobs, rows)]
+        if grad_entropy is not None:
+            slots.append(_linear.selected(grad_entropy, rows))
+        live = rows_with_gradient(*slots)
+        if live is not None:
+            if kept.numel():
+                pack_rows(kept, live)
+            rows = live if rows is None else rows[live]
+        targets = _linear.selected(index, rows)
+        gradients = backward_gradients(
+            head,
+            _linear.selected(hidden, rows),
+            targets - vocabulary_start if group else targets,
+            _linear.inverse_temperature(temperature, row_temperature, rows),
+            _linear.selected(grad_logprobs, rows),
+            None if grad_entropy is None else _linear.selected(grad_entropy, rows),
+            _linear.selected(logsumexp, rows),
+            None if grad_entropy is None else _linear.selected(entropy, rows),
+            Wanted(*wanted),
+            most=_linear.most_rows(head.row_bytes, workspace_bytes or None, device),
+            kept=kept,
+            shards=Shards(group) if group else None,
+        )
+        grad_hidden, *others = gradients.results()
+        return (_linear.spread(grad_hidden, rows, total) if wanted[0] else grad_hidden, *others)
+
+
+@_backward.register_fake
+def _(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    kept: Tensor,
+    unit: Tensor,
+    logsumexp: Tensor,
+    entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    row_temperature: Tensor | None,
+    mask: Tensor | None,
+    mask_count: int,
+    lora_scale: float,
+    temperature: float,
+    softcap: float,
+    exact: bool,
+    workspace_bytes: int,
+    group: str,
+    vocabulary_start: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _linear.empty_gradients((hidden, weight, bias, lora_a, lora_b), wanted)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, index, bias, lora_a, lora_b, row_temperature, mask, *numbers = inputs
+    _, logsumexp, entropy, sum_squares, kept, unit = output
+    ctx.mark_non_differentiable(logsumexp, sum_squares, kept, unit)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logsumexp, entropy, unit, hidden, weight, index, bias, lora_a, lora_b, row_temperature, mask)
+    ctx.kept = kept
+    ctx.numbers = numbers
+
+
+def _run_backward(
+    ctx: Any, grad_logprobs: Tensor | None, _lse: None, grad_entropy: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    logsumexp, entropy, unit, *operands = ctx.saved_tensors
+    mask_count, lora_scale, temperature, softcap, _, _, exact, tiles, _, _, workspace, _, group, start = ctx.numbers
+    wanted = [ctx.needs_input_grad[place] for place in (0, 1, 3, 4, 5)]
+    kept, ctx.kept = ctx.kept, None  # the pass overwrites it: another one computes the logits again
+    if kept is None:
+        kept = operands[0].new_empty(0)
+    if grad_logprobs is None and grad_entropy is None:
+        grad_logprobs = torch.zeros_like(logsumexp)
+    gradients = _backward(
+        grad_logprobs,
+        grad_entropy,
+        kept,
+        unit,
+        logsumexp,
+        entropy,
+        *operands,
+        mask_count,
+        lora_scale,
+        temperature,
+        softcap,
+        exact or tiles,
+        workspace,
+        group,
+        start,
+        wanted,
+    )
+    hidden, weight, bias, lora_a, lora_b = (g if w else None for g, w in zip(gradients, wanted, strict=True))
+    return hidden, weight, None, bias, lora_a, lora_b, *[None] * 16
+
+
+_forward.register_autograd(_run_backward, setup_context=_setup_context)
+
+
+def _chosen_backend(
+    op: str, wanted: str, hidden: Tensor, weight: Tensor, plain: bool, tileable: bool, most: int
+) -> HeadBackend:
+    """The backend for 'auto'; raise where a named one cannot do what is asked."""
+    require(wanted in get_args(HeadBackend), op, "head_backend", f"one of {', '.join(get_args(HeadBackend))}", wanted)
+    if wanted == "liger":
+        reason = _linear_liger.obstacle(hidden, weight, plain)
+        require(not reason, op, "head_backend", f"another than 'liger' ({reason})", wanted)
+    kernels = backend_of(hidden, weight) == "triton"
+    if wanted == "triton":
+        reason = "tensors on a GPU" if not kernels else "no lora, process_group or batch_invariant"
+        require(kernels and tileable, op, "head_backend", f"another than 'triton', which needs {reason}", wanted)
+    if wanted == "auto":
+        return "triton" if kernels and tileable and hidden.is_cuda and most < FEW_ROWS else "gemm"
+    return wanted  # type: ignore[return-value]
 
 
 def linear_logprobs(
@@ -194,53 +337,124 @@ def linear_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,
+    mask_count: int | None = None,
     entropy: bool = False,
+    sum_squares: bool = False,
     exact: bool = False,
     workspace_bytes: int | None = None,
+    logits_bytes: int | None = None,
+    lora: Lora | None = None,
+    process_group: object = None,
+    vocabulary_start: int = 0,
+    batch_invariant: bool = False,
+    head_backend: HeadBackend = "auto",
 ) -> TokenLogprobs:
-    """`logprobs` [N] (and `entropy` [N] when asked) of `index` under softmax(head(hidden) / temperature).
+    """`logprobs`, `logsumexp` [N] (`entropy`, `sum_squares` [N] when asked) under softmax(head(hidden) / temperature).
 
     hidden: [N, H] floating point. weight: [V, H], bias: [V], of the same type. index: [N] int64/int32 in [0, V),
-    ignored where masked. temperature: above 0, a number or [N]. mask: [N] bool; a False row costs nothing, gives 0 and
-    gets gradient 0 even where its hidden state is NaN. exact: run the head in float32 for bfloat16 or float16 inputs,
-    so that no rounding stands between the products and the softmax (costs a float32 copy of the head).
-    workspace_bytes: bound of one chunk's logits and the two temporaries of its size; a chunk has at least one row.
-    Gradients flow to hidden, weight and bias, once (no second derivative). Raises ValueError, TypeError or IndexError
-    that names the argument.
+    ignored where masked. temperature: above 0, a number or [N].
+    mask: [N] bool; a False row costs nothing, gives 0 and gets gradient 0 even where its hidden state is NaN.
+    mask_count: the number of True entries, where the caller knows it: without it a GPU's host waits for the number.
+    exact: keep the products' float32 sums into the softmax for bfloat16 or float16 inputs. On CUDA the product gives
+    them; elsewhere the head is copied to float32 by slices of 32 MiB. Gradients of logits are in the inputs' type.
+    workspace_bytes: bound of one chunk's logits (and of their gradient where it has another type, so 6 bytes an element
+    in exact mode); a chunk has at least one row. Default: 320 MiB on a CPU, 2.5 GiB on a GPU. Where the C++ ops are
+    not built, plain torch makes float32 copies of a chunk besides.
+    logits_bytes: keep the logits for the backward pass when all of them fit into this (default: into the workspace,
+    so that no more memory is held at any time; 0: never).
+    lora: (A [r, H], B [V, r], scale), an adapter that adds scale * B A to the head's weight.
+    process_group: the processes that hold the vocabulary's shards: weight, bias and lora B are this process's part,
+    which begins at vocabulary_start, hidden and index are the same everywhere, and so must be what is done with the
+    results. On a CPU each call checks that the shards cover the vocabulary.
+    batch_invariant: a row's results have the same bits whatever rows come with it: chunks of one fixed size, the last
+    filled up (so few rows cost as many as a chunk's; gradients keep no such promise).
+    head_backend: gemm: matrix products of the vendor's library; triton: a fused forward pass with exact sums, no
+    workspace, on GPUs (the backward pass as in exact mode); liger: Liger's kernel for compute capability 9.0, its
+    accuracy and limits; auto: gemm, or triton on a GPU whose workspace holds fewer than 256 rows.
+    Gradients flow from logprobs and entropy to hidden, weight, bias and lora, once (no second derivative). Under
+    autocast, hidden, weight, bias and lora are cast as a linear layer's are.
+    Raises ValueError, TypeError or IndexError that names the argument.
     """
     op = "linear_logprobs"
-    require_floating(op, "hidden", hidden)
-    require(hidden.dim() == 2, op, "hidden", "of shape [N, H]", hidden)
-    rows, size = hidden.shape
-    require_floating(op, "weight", weight)
-    good = weight.dim() == 2 and weight.shape[1] == size and weight.shape[0] > 0
-    good = good and weight.dtype == hidden.dtype and weight.device == hidden.device
-    require(good, op, "weight", f"of shape [V, {size}], {hidden.dtype}, on {hidden.device} like 'hidden'", weight)
-    vocabulary = weight.shape[0]
-    if bias is not None:
-        require_floating(op, "bias", bias, shape=(vocabulary,))
+    _linear.check_operands(op, hidden, weight, bias)
+    _linear.check_lora(op, lora, hidden, weight)
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
     require_mask(op, "mask", mask, (rows,), hidden.device)
+    group = group_name(op, process_group)
+    require(bool(group) or vocabulary_start == 0, op, "vocabulary_start", "0 without process_group", vocabulary_start)
+    if group and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        vocabulary = Shards(group).vocabulary(op, vocabulary_start, vocabulary, rows)
+    if group and hidden.device.type != "cpu":
+        vocabulary = 1 << 62  # this process alone cannot know it
     require_index(op, "index", index, (rows,), vocabulary, device=hidden.device, mask=mask)
     require_positive(op, "temperature", temperature, (rows,))
-    if softcap is not None:
-        require_positive(op, "softcap", softcap)
-    if workspace_bytes is not None:
-        require_positive(op, "workspace_bytes", workspace_bytes)
+    for name, value in (("softcap", softcap), ("workspace_bytes", workspace_bytes)):
+        if value is not None:
+            require_positive(op, name, value)
+    require(logits_bytes is None or logits_bytes >= 0, op, "logits_bytes", "None or at least 0", logits_bytes)
+    mask_count = _linear.check_mask_count(op, mask, mask_count)
 
-    index = index.long()
-    scale = temperature.reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
-    chosen_rows = None
-    if mask is not None:
-        chosen_rows = mask.nonzero().squeeze(1)
-        hidden, index = hidden.index_select(0, chosen_rows), index.index_select(0, chosen_rows)
-        scale = scale.index_select(0, chosen_rows) if isinstance(scale, Tensor) else scale
-    if exact:
-        dtype = _statistics_dtype(hidden.dtype)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    chunk_rows = _chunk_rows(hidden, vocabulary, workspace_bytes)
-    arguments = (hidden, weight, bias, index, scale, softcap, entropy, chunk_rows)
-    logprobs, entropies = _LinearLogprobs.apply(*arguments)  # type: ignore[no-untyped-call]
-    if chosen_rows is not None:
-        logprobs = logprobs.new_zeros(rows).index_put((chosen_rows,), logprobs)
-        entropies = entropies.new_zeros(rows).index_put((chosen_rows,), entropies)
-    return TokenLogprobs(logprobs=logprobs, entropy=entropies if entropy else None)
+    a, b, scale = (None, None, 1.0) if lora is None else lora
+    hidden, weight, bias, a, b = _linear.autocast_operands(hidden, weight, bias, a, b)
+    exact = exact and weight.dtype in (torch.float16, torch.bfloat16)
+    by_row = isinstance(temperature, Tensor)
+    most = _linear.most_rows(Head(weight, exact=exact).row_bytes, workspace_bytes, hidden.device)
+    simple = not (group or lora is not None or batch_invariant)
+    plain = simple and not (bias is not None or softcap or exact or by_row or sum_squares)
+    backend = _chosen_backend(op, head_backend, hidden, weight, plain, simple, most)
+    if backend == "liger":
+        return _by_liger(hidden, weight, index, temperature, mask, mask_count, entropy)
+    trained = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias, a, b)]
+    can_keep = any(trained) and backend == "gemm" and not batch_invariant
+    if logits_bytes is None:
+        logits_bytes = workspace_bytes or _linear.DEFAULT_WORKSPACE_BYTES[_linear.kind_of(hidden.device)]
+    logprobs, logsumexp, entropies, squares, _, _ = _forward(
+        hidden,
+        weight,
+        index.long(),
+        bias,
+        a,
+        b,
+        temperature.detach() if by_row else None,
+        mask,
+        mask_count,
+        float(scale),
+        1.0 if by_row else float(temperature),
+        float(softcap or 0.0),
+        entropy,
+        sum_squares,
+        exact,
+        backend == "triton",
+        batch_invariant,
+        Wanted(*trained).only_hidden() and simple and backend == "gemm" and not entropy,
+        int(workspace_bytes or 0),
+        int(logits_bytes) if can_keep else 0,
+        group,
+        vocabulary_start,
+    )
+    return TokenLogprobs(
+        logprobs=logprobs,
+        entropy=entropies if entropy else None,
+        logsumexp=logsumexp,
+        sum_squares=squares if sum_squares else None,
+    )
+
+
+def _by_liger(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    temperature: float,
+    mask: Tensor | None,
+    mask_count: int,
+    entropy: bool,
+) -> TokenLogprobs:
+    rows = _linear.compacted(mask, mask_count)
+    states, targets = _linear.selected(hidden, rows), _linear.selected(index.long(), rows)
+    logprobs, entropies = _linear_liger.logprobs_and_entropy(states, weight, targets, temperature, entropy)
+    if rows is not None:
+        total = hidden.shape[0]
+        logprobs = logprobs.new_zeros(total).index_put((rows,), logprobs)
+        if entropies is not None:
+            entropies = entropies.new_zeros(total).index_put((rows,), entropies)
+    return TokenLogprobs(logprobs=logprobs, entropy=entropies)
