@@ -7,6 +7,11 @@
 
 N = rows (tokens), V = vocabulary. In nats; statistics and results are float32 (float64 for float64 logits) whatever the
 type of the logits. Source: the definition of the softmax; entropy = logsumexp - sum_v p z.
+
+    dlogits = (g (1[v = index] - p) - h p (log p + entropy)) / temperature * (1 - tanh(logits / softcap)^2)
+
+g, h = upstream gradients of log-prob and entropy. One read of the logits forward, one read and one write backward; of
+the forward pass only the logits themselves and [N] statistics are kept.
 """
 
 from __future__ import annotations
@@ -16,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zs_kernels._check import require, require_floating, require_index, require_mask, require_positive
+from zs_kernels._check import require, require_floating, require_mask, require_positive, require_tensor
 from zs_kernels._sweeps import Sweep, merge_partials, sweep_gradient, sweep_partials, sweep_statistics
+from zs_kernels._token_logprobs_op import Rows, token_logprobs_forward
 
 __all__ = [
     "Sweep",
@@ -27,6 +33,7 @@ __all__ = [
     "sweep_partials",
     "sweep_statistics",
     "token_logprobs",
+    "token_logprobs_reference",
 ]
 
 
@@ -47,16 +54,7 @@ class TokenLogprobs(NamedTuple):
     """[N, top_k] int64"""
 
 
-def _keep_mask(keep: tuple[Tensor, Tensor], rows: int, vocabulary: int) -> Tensor:
-    """[N, V] bool from a compressed-row keep set (offsets [N + 1], ids)."""
-    offsets, ids = keep
-    row = torch.repeat_interleave(torch.arange(rows, device=ids.device), offsets.diff(), output_size=ids.numel())
-    kept = torch.zeros(rows, vocabulary, dtype=torch.bool, device=ids.device)
-    kept[row, ids] = True
-    return kept
-
-
-def token_logprobs(
+def token_logprobs_reference(
     logits: Tensor,
     index: Tensor,
     *,
@@ -69,46 +67,29 @@ def token_logprobs(
     bias: Tensor | None = None,
     keep: tuple[Tensor, Tensor] | None = None,
 ) -> TokenLogprobs:
-    """Log-probabilities of `index` under `logits`, differentiable through `logprobs` and `entropy`.
-
-    logits: [N, V] floating point, any strides. index: [N] or [N, K] int64/int32 in [0, V); ignored where masked.
-    temperature: above 0, a number or [N]. mask: [N] bool; a False row gives 0 everywhere and gets gradient 0, even
-    where its logits are NaN. bias: [V]. keep: (offsets [N + 1], ids) int64, the tokens each row may use; the softmax
-    runs over them alone (as a top-k or top-p sampler's did). A logit of -inf has probability 0. A row with no finite
-    logit has log-probability -inf, entropy 0 and gradient 0.
-    Raises ValueError, TypeError or IndexError that names the argument.
-    """
-    op = "token_logprobs"
-    require_floating(op, "logits", logits)
-    require(logits.dim() == 2 and logits.shape[1] > 0, op, "logits", "of shape [N, V] with V above 0", logits)
-    rows, vocabulary = logits.shape
-    require_mask(op, "mask", mask, (rows,), logits.device)
-    shape = (rows,) if index.dim() == 1 else (rows, index.shape[-1])
-    require_index(op, "index", index, shape, vocabulary, device=logits.device, mask=mask)
-    require_positive(op, "temperature", temperature, (rows,))
-    require(0 <= top_k <= vocabulary, op, "top_k", f"between 0 and V = {vocabulary}", top_k)
-
+    """What the op means, in plain torch with torch's own autograd. Every faster path answers to it."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     if mask is not None:
         z = torch.where(mask[:, None], z, 0.0)
         index = torch.where(mask if index.dim() == 1 else mask[:, None], index, 0)
+    z = torch.where(z == -torch.inf, -torch.inf, z)  # no gradient to what cannot be
     if softcap is not None:
-        require_positive(op, "softcap", softcap)
-        z = torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
+        z = torch.where(z == -torch.inf, -torch.inf, softcap * torch.tanh(z / softcap))
     if bias is not None:
-        require_floating(op, "bias", bias, shape=(vocabulary,))
         z = z + bias
     if keep is not None:
-        z = torch.where(_keep_mask(keep, rows, vocabulary), z, -torch.inf)
+        kept = Rows(1.0, keep=keep).dense_keep(logits.shape[1])
+        assert kept is not None
+        z = torch.where(kept, z, -torch.inf)
     z = z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
 
-    alive = (z > -torch.inf).any(dim=-1)
+    alive = (z != -torch.inf).any(dim=-1)
     z = torch.where(alive[:, None], z, 0.0)  # a row without a finite logit must not turn the gradient into NaN
     logsumexp = torch.logsumexp(z, dim=-1)
     chosen = z.gather(-1, index.long() if index.dim() == 2 else index.long()[:, None])
     logprobs = chosen - logsumexp[:, None]
     logprobs = logprobs + (logprobs.clamp(max=0.0) - logprobs).detach()  # rounding may leave it a hair above 0
-    logprobs = torch.where(alive[:, None], logprobs, -torch.inf)
+    logprobs = torch.where(alive[:, None], torch.where(chosen == -torch.inf, -torch.inf, logprobs), -torch.inf)
     valid = torch.ones_like(alive) if mask is None else mask
     logprobs = torch.where(valid[:, None], logprobs, 0.0)
 
@@ -123,6 +104,9 @@ def token_logprobs(
             sum_squares_N = torch.where(valid & alive, sum_squares_N, 0.0)
         if top_k:
             top_logprobs, top_ids = torch.topk(z - logsumexp[:, None], top_k, dim=-1)
+            top_logprobs = torch.where(alive[:, None], top_logprobs.clamp(max=0.0), -torch.inf)
+            top_logprobs = torch.where(valid[:, None], top_logprobs, 0.0)
+            top_ids = torch.where(valid[:, None], top_ids, 0)
         result_logsumexp = torch.where(alive, logsumexp, -torch.inf)
         result_logsumexp = torch.where(valid, result_logsumexp, 0.0).detach()
     return TokenLogprobs(
@@ -133,3 +117,96 @@ def token_logprobs(
         top_k_logprobs=top_logprobs,
         top_k_ids=top_ids,
     )
+
+
+def token_logprobs(
+    logits: Tensor,
+    index: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    entropy: bool = False,
+    sum_squares: bool = False,
+    top_k: int = 0,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    keep: tuple[Tensor, Tensor] | None = None,
+    inplace_backward: bool = False,
+) -> TokenLogprobs:
+    """Log-probabilities of `index` under `logits`, differentiable through `logprobs` and `entropy`, once.
+
+    logits: [N, V] floating point, any strides. index: [N] or [N, K] int64/int32 in [0, V); ignored where masked.
+    temperature: above 0, a number or [N]. mask: [N] bool; a False row gives 0 everywhere and gets gradient 0, even
+    where its logits are NaN; it is not read. bias: [V]; gets a gradient, too. keep: (offsets [N + 1], ids) int64, the
+    tokens each row may use, each once; the softmax runs over them alone (as a top-k or top-p sampler's did), and no
+    other logit is read. A logit of -inf has probability 0 and gradient 0. A row with no finite logit has
+    log-probability -inf, entropy 0 and gradient 0.
+    inplace_backward: the backward pass writes the gradient over the logits, which saves a tensor of their size.
+    Nothing else may need the logits after it: autograd raises RuntimeError where it sees such a use, and a leaf's
+    values are gone. Raises ValueError, TypeError or IndexError that names the argument.
+    """
+    op = "token_logprobs"
+    require_floating(op, "logits", logits)
+    require(logits.dim() == 2 and logits.shape[1] > 0, op, "logits", "of shape [N, V] with V above 0", logits)
+    rows, vocabulary = logits.shape
+    require_mask(op, "mask", mask, (rows,), logits.device)
+    require_tensor(op, "index", index)
+    shape = (rows,) if index.dim() == 1 else (rows, index.shape[-1] if index.dim() else 0)
+    good = index.dtype in (torch.int64, torch.int32) and tuple(index.shape) == shape and index.device == logits.device
+    wanted = f"an int64 or int32 tensor of shape {list(shape)} on {logits.device}"
+    require(good, op, "index", wanted, index)
+    require_positive(op, "temperature", temperature, (rows,))
+    temperatures = temperature if isinstance(temperature, Tensor) else None
+    if temperatures is not None:
+        good = temperatures.device == logits.device and not temperatures.requires_grad
+        require(good, op, "temperature", f"on {logits.device} and without a gradient", temperatures)
+    require(0 <= top_k <= vocabulary, op, "top_k", f"between 0 and V = {vocabulary}", top_k)
+    if softcap is not None:
+        require_positive(op, "softcap", softcap)
+    if bias is not None:
+        require_floating(op, "bias", bias, shape=(vocabulary,))
+        require(bias.device == logits.device, op, "bias", f"on {logits.device} like logits", bias)
+    offsets, ids = _keep_parts(op, keep, rows, logits.device)
+    if inplace_backward:
+        require(keep is None, op, "inplace_backward", "False with a keep set", inplace_backward)
+        dense = rows < 2 or (logits.stride(0) >= vocabulary and logits.stride(1) == 1)
+        require(dense, op, "logits", "of rows that lie apart, each in one piece, for inplace_backward", logits)
+
+    logprobs, logsumexp, entropy_N, squares, top_logprobs, top_ids = token_logprobs_forward(
+        logits,
+        index,
+        temperatures,
+        1.0 if temperatures is not None else float(temperature),
+        mask,
+        bias,
+        offsets,
+        ids,
+        float(softcap or 0.0),
+        entropy,
+        sum_squares,
+        top_k,
+        inplace_backward,
+    )
+    return TokenLogprobs(
+        logprobs=logprobs,
+        entropy=entropy_N if entropy else None,
+        logsumexp=logsumexp,
+        sum_squares=squares if sum_squares else None,
+        top_k_logprobs=top_logprobs if top_k else None,
+        top_k_ids=top_ids if top_k else None,
+    )
+
+
+def _keep_parts(
+    op: str, keep: tuple[Tensor, Tensor] | None, rows: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    if keep is None:
+        return None, None
+    integers = (torch.int64, torch.int32)
+    good = isinstance(keep, tuple) and len(keep) == 2 and all(isinstance(part, Tensor) for part in keep)
+    require(good, op, "keep", "a pair of tensors: offsets [N + 1] and ids", keep)
+    offsets, ids = keep
+    good = offsets.dtype in integers and tuple(offsets.shape) == (rows + 1,) and offsets.device == device
+    require(good, op, "keep", f"offsets, integers of shape [{rows + 1}] on {device}, and ids", offsets)
+    require(ids.dtype in integers and ids.dim() == 1 and ids.device == device, op, "keep", "offsets and ids [.]", ids)
+    return offsets, ids
