@@ -49,6 +49,13 @@ def require_mask(op: str, argument: str, mask: Tensor | None, shape: tuple[int, 
         require(False, op, argument, f"a bool tensor of shape {list(shape)} on {device}", mask)
 
 
+def require_integers(op: str, argument: str, value: Tensor, shape: tuple[int, ...], *, device: torch.device) -> None:
+    """Raise unless `value` is an int64/int32 tensor of `shape` on `device`; its values are not read."""
+    require_tensor(op, argument, value)
+    if not (value.dtype in (torch.int64, torch.int32) and tuple(value.shape) == shape and value.device == device):
+        require(False, op, argument, f"an int64 or int32 tensor of shape {list(shape)} on {device}", value)
+
+
 def require_index(
     op: str,
     argument: str,
@@ -60,9 +67,7 @@ def require_index(
     mask: Tensor | None,
 ) -> None:
     """Raise unless `index` is an int64/int32 tensor of `shape` whose unmasked values lie in [0, limit)."""
-    require_tensor(op, argument, index)
-    if not (index.dtype in (torch.int64, torch.int32) and tuple(index.shape) == shape and index.device == device):
-        require(False, op, argument, f"an int64 or int32 tensor of shape {list(shape)} on {device}", index)
+    require_integers(op, argument, index, shape, device=device)
     if index.device.type != "cpu" and os.environ.get("ZS_KERNELS_CHECKED") != "1":
         return
     chosen = index if mask is None else index[mask]

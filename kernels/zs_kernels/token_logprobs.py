@@ -21,7 +21,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zs_kernels._check import require, require_floating, require_mask, require_positive, require_tensor
+from zs_kernels._check import (
+    require,
+    require_floating,
+    require_integers,
+    require_mask,
+    require_positive,
+    require_tensor,
+)
 from zs_kernels._sweeps import Sweep, merge_partials, sweep_gradient, sweep_partials, sweep_statistics
 from zs_kernels._token_logprobs_op import Rows, token_logprobs_forward
 
@@ -145,33 +152,9 @@ def token_logprobs(
     Nothing else may need the logits after it: autograd raises RuntimeError where it sees such a use, and a leaf's
     values are gone. Raises ValueError, TypeError or IndexError that names the argument.
     """
-    op = "token_logprobs"
-    require_floating(op, "logits", logits)
-    require(logits.dim() == 2 and logits.shape[1] > 0, op, "logits", "of shape [N, V] with V above 0", logits)
-    rows, vocabulary = logits.shape
-    require_mask(op, "mask", mask, (rows,), logits.device)
-    require_tensor(op, "index", index)
-    shape = (rows,) if index.dim() == 1 else (rows, index.shape[-1] if index.dim() else 0)
-    good = index.dtype in (torch.int64, torch.int32) and tuple(index.shape) == shape and index.device == logits.device
-    wanted = f"an int64 or int32 tensor of shape {list(shape)} on {logits.device}"
-    require(good, op, "index", wanted, index)
-    require_positive(op, "temperature", temperature, (rows,))
+    _check(logits, index, temperature, mask, top_k, softcap, bias, keep, inplace_backward)
     temperatures = temperature if isinstance(temperature, Tensor) else None
-    if temperatures is not None:
-        good = temperatures.device == logits.device and not temperatures.requires_grad
-        require(good, op, "temperature", f"on {logits.device} and without a gradient", temperatures)
-    require(0 <= top_k <= vocabulary, op, "top_k", f"between 0 and V = {vocabulary}", top_k)
-    if softcap is not None:
-        require_positive(op, "softcap", softcap)
-    if bias is not None:
-        require_floating(op, "bias", bias, shape=(vocabulary,))
-        require(bias.device == logits.device, op, "bias", f"on {logits.device} like logits", bias)
-    offsets, ids = _keep_parts(op, keep, rows, logits.device)
-    if inplace_backward:
-        require(keep is None, op, "inplace_backward", "False with a keep set", inplace_backward)
-        dense = rows < 2 or (logits.stride(0) >= vocabulary and logits.stride(1) == 1)
-        require(dense, op, "logits", "of rows that lie apart, each in one piece, for inplace_backward", logits)
-
+    offsets, ids = (None, None) if keep is None else keep
     logprobs, logsumexp, entropy_N, squares, top_logprobs, top_ids = token_logprobs_forward(
         logits,
         index,
@@ -197,16 +180,44 @@ def token_logprobs(
     )
 
 
-def _keep_parts(
-    op: str, keep: tuple[Tensor, Tensor] | None, rows: int, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    if keep is None:
-        return None, None
-    integers = (torch.int64, torch.int32)
-    good = isinstance(keep, tuple) and len(keep) == 2 and all(isinstance(part, Tensor) for part in keep)
-    require(good, op, "keep", "a pair of tensors: offsets [N + 1] and ids", keep)
-    offsets, ids = keep
-    good = offsets.dtype in integers and tuple(offsets.shape) == (rows + 1,) and offsets.device == device
-    require(good, op, "keep", f"offsets, integers of shape [{rows + 1}] on {device}, and ids", offsets)
-    require(ids.dtype in integers and ids.dim() == 1 and ids.device == device, op, "keep", "offsets and ids [.]", ids)
-    return offsets, ids
+def _check(
+    logits: Tensor,
+    index: Tensor,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    top_k: int,
+    softcap: float | None,
+    bias: Tensor | None,
+    keep: tuple[Tensor, Tensor] | None,
+    inplace_backward: bool,
+) -> None:
+    """All but the values of index tensors, which the operator reads. Sizes are written out in errors alone: a message
+    made in vain would tie a compiled graph to them."""
+    op = "token_logprobs"
+    require_floating(op, "logits", logits)
+    require(logits.dim() == 2 and logits.shape[1] > 0, op, "logits", "of shape [N, V] with V above 0", logits)
+    rows, vocabulary = logits.shape
+    device = logits.device
+    require_mask(op, "mask", mask, (rows,), device)
+    require_tensor(op, "index", index)
+    require_integers(op, "index", index, (rows, *index.shape[1:2]), device=device)
+    require_positive(op, "temperature", temperature, (rows,))
+    if isinstance(temperature, Tensor):
+        good = temperature.device == device and not temperature.requires_grad
+        require(good, op, "temperature", f"on {device} and without a gradient", temperature)
+    if not 0 <= top_k <= vocabulary:
+        require(False, op, "top_k", f"between 0 and V = {vocabulary}", top_k)
+    if softcap is not None:
+        require_positive(op, "softcap", softcap)
+    if bias is not None:
+        require_floating(op, "bias", bias, shape=(vocabulary,))
+        require(bias.device == device, op, "bias", f"on {device} like logits", bias)
+    if keep is not None:
+        good = isinstance(keep, tuple) and len(keep) == 2 and all(isinstance(part, Tensor) for part in keep)
+        require(good, op, "keep", "a pair of tensors: offsets [N + 1] and ids", keep)
+        require_integers(op, "keep", keep[0], (rows + 1,), device=device)
+        require_integers(op, "keep", keep[1], (keep[1].numel(),), device=device)
+    if inplace_backward:
+        require(keep is None, op, "inplace_backward", "False with a keep set", inplace_backward)
+        apart = rows < 2 or (logits.stride(0) >= vocabulary and logits.stride(1) == 1)
+        require(apart, op, "logits", "of rows that lie apart, each in one piece, for inplace_backward", logits)
