@@ -53,7 +53,7 @@ def gae(
     check(rewards, values, mask, cu_seqlens, gamma, lam)
     if backend_of(rewards, values, mask, cu_seqlens) != "native":
         return gae_reference(rewards, values, mask, cu_seqlens, gamma=gamma, lam=lam)
-    advantages, returns = torch.ops.zs_native.gae(rewards.float(), values.float(), mask, cu_seqlens.long(), gamma, lam)
+    advantages, returns, _ = torch.ops.zs_native.gae(rewards.float(), values.float(), mask, cu_seqlens.long(), gamma, lam)
     return advantages, returns
 
 
