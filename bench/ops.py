@@ -1,50 +1,134 @@
-"""`zs-fast bench ops`: the operations against what one would write in plain torch.
+"""`zs-fast bench ops`: the operations against what one would write in plain torch, and against other packages.
 
-An op is timed only if its own tests pass here and its variants agree on these inputs.
+An op is timed only if its own tests pass here and its variants agree with float64 on these very inputs.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import dataclasses
+import gc
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
-from bench.harness import Case, measure, summarise, table, write_results
-from zs_fast.errors import PreflightError
-from zs_kernels import linear_logprobs
+from bench.catalogue import CASES
+from bench.harness import Case, Disagreement, judge, measure
+from bench.results import summarise, table, verdict_lines, write_results
+from bench.usage import ceilings
+from zs_fast.errors import ConfigError, PreflightError
 from zs_kernels._device import native_status
-from zs_kernels.gae import gae, gae_reference
 
 ROOT = Path(__file__).resolve().parent.parent
+QUICK_ROUNDS, ROUNDS, LONG_ROUNDS = 3, 21, 3
+"""Of --quick; of a full run; and of a full run's cases whose calls take seconds."""
 
 
-def run_ops(*, quick: bool, run_tests_first: bool) -> dict[str, Any]:
-    """Time every op, print the table, write the JSON file, and return its content.
+def main(words: Sequence[str]) -> dict[str, Any]:
+    """Run with the words of the command line. Raises ConfigError, PreflightError."""
 
-    quick: few rounds and small shapes, to see that everything runs, and no file. Raises PreflightError for a red op.
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"zs-fast bench ops: {message}")
+
+    parser = Parser(prog="zs-fast bench ops", add_help=False)
+    parser.add_argument("--only", action="extend", nargs="+", default=[])
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--untested", action="store_true")
+    given = parser.parse_args(list(words))
+    return run_ops(only=given.only, rounds=given.rounds, quick=given.quick, run_tests_first=not given.untested)
+
+
+def run_ops(
+    *, only: Sequence[str] = (), rounds: int | None = None, quick: bool, run_tests_first: bool
+) -> dict[str, Any]:
+    """Time the cases (all, or those named by `only`), print tables, write the JSON file, and return its content.
+
+    On a CPU everything runs on one thread. quick: few rounds and small shapes, to see that everything runs, and no
+    file. Raises ConfigError for an unknown case, PreflightError for a red op or one whose results are wrong.
     """
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    names = _chosen(only, kind)
     if run_tests_first:
-        refuse_red(["tests/ops"])
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    cases = [linear_logprobs_case(device, quick, gradient=gradient) for gradient in (False, True)]
-    if device == "cpu":  # gae has no CUDA path yet: there it would time its one-token-at-a-time reference
-        cases.insert(0, gae_case(quick))
-    timings = [timing for case in cases for timing in measure(case, rounds=5 if quick else 21)]
-    print(table(timings))
-    if not native_status().available:
+        refuse_red(sorted({path for name in names for path in _test_files(CASES[name].tests)}))
+    device = "cuda:0" if kind == "cuda" else "cpu"
+    timings, verdicts, absent = [], [], {}
+    with one_thread(kind):
+        best = ceilings(device, quick=quick)
+        print(f"ceilings of this run: copy {best.bytes_per_s / 1e9:.4g} GB/s", end="")
+        print("" if best.flop_per_s is None else f", bf16 matrix product {best.flop_per_s / 1e12:.4g} TFLOP/s")
+        for name in names:
+            case = build(name, device, quick=quick)
+            try:
+                found = measure(case, rounds=rounds or _rounds(case, quick), ceilings=best)
+            except Disagreement as error:
+                raise PreflightError(f"bench: not timed, because results differ: {error}") from error
+            timings += found
+            verdicts += judge(case, found)
+            absent |= case.absent
+            print(f"\n{table(found, device)}", flush=True)
+            if case.absent:
+                print(f"  absent: {', '.join(case.absent)}")
+            if case.targets:
+                print(verdict_lines(judge(case, found)), flush=True)
+            del case
+            gc.collect()
+        summary = summarise("ops", timings, device, verdicts=verdicts, ceilings=best, absent=absent)
+    if not native_status().available and kind == "cpu":
         print(f"note: {native_status().reason}")
-    summary = summarise("ops", timings, device)
+    for how in sorted(set(absent.values())):
+        print(f"note: peers that are absent are installed by `{how}`")
     if not quick:
         print(f"written to {write_results(summary).relative_to(ROOT)}")
     return summary
 
 
-def refuse_red(paths: list[str]) -> None:
+def build(name: str, device: str, *, quick: bool) -> Case:
+    """A case of the catalogue, on this device."""
+    entry = CASES[name]
+    kind = torch.device(device).type
+    size = entry.quick if quick else entry.size(kind)
+    assert size is not None
+    case = entry.build(device, name, **size)
+    return case if quick else dataclasses.replace(case, targets=entry.targets.get(kind, ()))
+
+
+def _chosen(only: Sequence[str], kind: str) -> list[str]:
+    here = [name for name, entry in CASES.items() if entry.size(kind) is not None]
+    if unknown := [name for name in only if name not in here]:
+        raise ConfigError(f"zs-fast bench ops --only {' '.join(unknown)}: the cases on {kind} are {', '.join(here)}")
+    return [name for name in here if name in only] if only else here
+
+
+def _rounds(case: Case, quick: bool) -> int:
+    if quick:
+        return QUICK_ROUNDS
+    return case.rounds or (LONG_ROUNDS if case.flop and case.device == "cpu" else ROUNDS)
+
+
+def _test_files(patterns: Sequence[str]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "tests/ops").glob(pattern)]
+
+
+@contextlib.contextmanager
+def one_thread(kind: str) -> Iterator[None]:
+    """On a CPU, one thread: the time of a process then is the work it does."""
+    before = torch.get_num_threads()
+    if kind == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def refuse_red(paths: Sequence[str]) -> None:
     """Run the ops' tests first: a fast wrong op is no result."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *paths]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
@@ -53,62 +137,3 @@ def refuse_red(paths: list[str]) -> None:
         raise PreflightError(
             f"bench: the tests of {' '.join(paths)} fail, so nothing is timed: {tail[-1] if tail else ''}"
         )
-
-
-def gae_case(quick: bool) -> Case:
-    """Masked GAE: the packed op against a loop over time on padded rows, and against its reference."""
-    S, T = (16, 64) if quick else (256, 512)
-    generator = torch.Generator().manual_seed(0)
-    rewards, values = (torch.randn(S, T, generator=generator) for _ in range(2))
-    mask = torch.rand(S, T, generator=generator) < 0.5
-    cu_seqlens = torch.arange(0, S * T + 1, T)
-    packed = (rewards.flatten(), values.flatten(), mask.flatten(), cu_seqlens)
-
-    variants: dict[str, Callable[[], Any]] = {
-        "padded torch loop": lambda: padded_gae(rewards, values, mask, gamma=0.99, lam=0.95),
-        "zs_kernels.gae": lambda: gae(*packed, gamma=0.99, lam=0.95),
-    }
-    if quick:
-        variants["reference"] = lambda: gae_reference(*packed, gamma=0.99, lam=0.95)
-    torch.testing.assert_close(
-        variants["zs_kernels.gae"]()[0], variants["padded torch loop"]()[0].flatten(), rtol=1e-4, atol=1e-4
-    )
-    return Case("masked gae", f"[{S} x {T}] fp32", variants)
-
-
-def padded_gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """The usual way: one step of the recurrence per time step for all rows, masked steps carried. [S, T] in and out."""
-    next_value = last = torch.zeros_like(rewards[:, 0])
-    columns = []
-    for t in reversed(range(rewards.shape[1])):
-        here = mask[:, t]
-        candidate = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * last
-        next_value = torch.where(here, values[:, t], next_value)
-        last = torch.where(here, candidate, last)
-        columns.append(torch.where(here, last, 0.0))
-    advantages = torch.stack(columns[::-1], dim=1)
-    return advantages, torch.where(mask, advantages + values, 0.0)
-
-
-def linear_logprobs_case(device: str, quick: bool, *, gradient: bool) -> Case:
-    """Log-probabilities of sampled tokens from hidden states: the op at loss tokens, the naive way at all."""
-    N, H, V = (64, 64, 2048) if quick else (512, 576, 49_152)
-    generator = torch.Generator(device).manual_seed(0)
-    hidden = torch.randn(N, H, generator=generator, device=device).requires_grad_(gradient)
-    weight = (torch.randn(V, H, generator=generator, device=device) / H**0.5).requires_grad_(gradient)
-    index = torch.randint(V, (N,), generator=generator, device=device)
-    mask = torch.rand(N, generator=generator, device=device) < 0.5
-
-    def finish(logprobs: Tensor) -> Tensor:
-        chosen = logprobs.masked_fill(~mask, 0.0)
-        return torch.autograd.grad(chosen.sum(), hidden)[0] if gradient else chosen
-
-    def naive() -> Tensor:
-        return finish(torch.log_softmax(hidden @ weight.T, -1).gather(-1, index[:, None]).squeeze(-1))
-
-    def ours() -> Tensor:
-        return finish(linear_logprobs(hidden, weight, index, mask=mask).logprobs)
-
-    torch.testing.assert_close(ours(), naive(), rtol=1e-3, atol=1e-4)
-    name = "logprobs fwd+bwd" if gradient else "logprobs fwd"
-    return Case(name, f"{N}x{H}x{V} fp32, 50%", {"naive, all tokens": naive, "linear_logprobs": ours}, device)
