@@ -1,0 +1,261 @@
+"""The cases on logits, token log-probabilities, rewards and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import zs_kernels
+from bench.harness import Case, Results
+from bench.peers import Variants, find
+from zs_kernels.gae import gae_reference
+
+EXACT_ROWS = 64
+EAGER, COMPILED = "eager", "torch.compile(eager)"
+
+
+def row_logprobs(device: str, name: str, N: int, V: int, *, backward: bool = False) -> Case:
+    """Log-probability and entropy of chosen tokens from bf16 logits."""
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(N, V, dtype=torch.bfloat16, generator=generator, device=device).mul_(3.0)
+    logits.requires_grad_(backward)
+    index = torch.randint(V, (N,), generator=generator, device=device)
+    upstream, by_entropy = (torch.randn(N, generator=generator, device=device) for _ in range(2))
+
+    def finish(logprobs: Tensor, entropy: Tensor, leaf: Tensor = logits) -> Results:
+        results = {"logprobs": logprobs.detach(), "entropy": entropy.detach()}
+        if backward:
+            rows = leaf.shape[0]
+            slopes = (upstream[:rows].to(logprobs.dtype), by_entropy[:rows].to(entropy.dtype))
+            results["grad_logits"] = torch.autograd.grad((logprobs, entropy), leaf, slopes)[0]
+        return results
+
+    def eager(leaf: Tensor = logits, dtype: torch.dtype = torch.float32) -> Results:
+        every = torch.log_softmax(leaf.to(dtype), -1)
+        chosen = every.gather(1, index[: leaf.shape[0], None]).squeeze(1)
+        return finish(chosen, -(every.exp() * every).sum(-1), leaf)
+
+    def ours() -> Results:
+        found = zs_kernels.token_logprobs(logits, index, entropy=True)
+        assert found.entropy is not None
+        return finish(found.logprobs, found.entropy)
+
+    variants = Variants()
+    variants.add(EAGER, eager)
+    trl = find("trl.trainer.utils", "selective_log_softmax_and_entropy")
+    variants.add_peer("TRL log-prob and entropy", trl, lambda: finish(*trl(logits, index)))
+    variants.add("token_logprobs", ours)
+    if not backward:
+        variants.add(
+            "token_logprobs, no entropy", lambda: {"logprobs": zs_kernels.token_logprobs(logits, index).logprobs}
+        )
+    return Case(
+        name=name,
+        shape=f"{N}x{V} bfloat16",
+        variants=variants.calls,
+        device=device,
+        exact=lambda: eager(logits.detach()[:EXACT_ROWS].double().requires_grad_(backward), torch.float64),
+        bytes=(3.0 if backward else 1.0) * logits.nbytes,  # forward reads; backward reads again and writes
+        absent=variants.absent,
+    )
+
+
+def token_loss(device: str, name: str, N: int, *, compile_eager: bool = False) -> Case:
+    """PPO's clipped loss with dual clip, k3 and metrics, forward and backward."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(scale: float = 1.0) -> Tensor:
+        return torch.randn(N, generator=generator, device=device) * scale
+
+    old = -normal().abs()
+    logprobs = (old + normal(0.15)).requires_grad_()
+    ref, advantages = old + normal(0.3), normal()
+    mask = torch.rand(N, generator=generator, device=device) < 0.5
+    weights = mask.float() / mask.sum()
+
+    def torch_loss(leaf: Tensor) -> tuple[Tensor, ...]:
+        ratio = torch.exp((leaf - old).clamp(-20.0, 20.0))
+        unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)
+        per_token = torch.maximum(unclipped, clipped)
+        low = (ratio < 0.8) & (advantages < 0)
+        high = (ratio > 1.2) & (advantages > 0)
+        per_token = torch.where(advantages < 0, torch.minimum(per_token, -3.0 * advantages), per_token)
+        kl = torch.expm1(ref - leaf) - (ref - leaf)
+        loss = ((per_token + 0.001 * kl) * weights).sum()
+        with torch.no_grad():
+            count = mask.sum()
+            parts = [(part * mask).sum() / count for part in (low.float(), high.float(), ratio, kl)]
+        return loss, *parts
+
+    def finish(loss: Tensor, leaf: Tensor = logprobs) -> Results:
+        return {"loss": loss.detach(), "grad": torch.autograd.grad(loss, leaf)[0]}
+
+    def ours() -> Results:
+        found = zs_kernels.policy_loss(
+            logprobs, old, advantages, weights, dual_clip=3.0, mask=mask, ref_logprobs=ref, kl_coefficient=0.001
+        )
+        return finish(found.loss)
+
+    def exact() -> Results:
+        leaf = logprobs.detach().double().requires_grad_()
+        return finish(torch_loss(leaf)[0], leaf)
+
+    variants = {EAGER: lambda: finish(torch_loss(logprobs)[0]), "policy_loss": ours}
+    if compile_eager:
+        quick_loss = torch.compile(torch_loss, dynamic=False)
+        variants[COMPILED] = warmed(lambda: finish(quick_loss(logprobs)[0]))
+    # read: log-probs, old, reference, advantages, weights (4 B each), mask (1 B); written: the gradient
+    return Case(name, f"{N} float32", variants, device, exact=exact, tolerance=1e-4, bytes=25.0 * N)
+
+
+def warmed(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Call once, so that what is compiled on the first call is not measured."""
+    function()
+    return function
+
+
+def masked_gae(device: str, name: str, S: int, T: int, *, loops: bool = True) -> Case:
+    """Advantages and returns with document spans masked; the loops work on padded rows of equal length."""
+    generator = torch.Generator(device).manual_seed(0)
+    rewards, values = (torch.randn(S, T, generator=generator, device=device) for _ in range(2))
+    mask = (torch.arange(T, device=device) % 400 < 160).repeat(S, 1)
+    cu_seqlens = torch.arange(0, S * T + 1, T, device=device)
+    packed = (rewards.flatten(), values.flatten(), mask.flatten(), cu_seqlens)
+    gamma, lam = 0.99, 0.95
+    variants = Variants()
+    verl = find("verl.trainer.ppo.core_algos", "compute_gae_advantage_return")
+
+    def finish(returns: Tensor) -> Results:
+        return {"returns": torch.where(packed[2], returns.flatten(), 0.0)}
+
+    if loops:
+        variants.add_peer("verl loop", verl, lambda: finish(verl(rewards, values, mask.float(), gamma, lam)[1]))
+        variants.add("masked loop", lambda: finish(masked_loop(rewards, values, mask, gamma, lam)[1]))
+        variants.add("classic loop", lambda: classic_loop(rewards, values, gamma, lam) and None)
+    variants.add("gae", lambda: finish(zs_kernels.gae(*packed, gamma=gamma, lam=lam)[1]))
+
+    def exact() -> Results:
+        first = [one[: 2 * T].cpu() for one in packed[:3]]
+        return {"returns": gae_reference(*first, torch.tensor([0, T, 2 * T]), gamma=gamma, lam=lam)[1].double()}
+
+    # rewards, values and mask in, advantages and returns out
+    return Case(
+        name, f"{S}x{T} float32", variants.calls, device, exact=exact, tolerance=1e-4, bytes=17.0 * S * T,
+        absent=variants.absent,
+    )  # fmt: skip
+
+
+def masked_loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """One step of the recurrence per time step for all rows, masked steps carried. [S, T] in and out."""
+    next_value = last = torch.zeros_like(rewards[:, 0])
+    columns = []
+    for t in reversed(range(rewards.shape[1])):
+        here = mask[:, t]
+        candidate = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * last
+        next_value = torch.where(here, values[:, t], next_value)
+        last = torch.where(here, candidate, last)
+        columns.append(torch.where(here, last, 0.0))
+    advantages = torch.stack(columns[::-1], dim=1)
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def classic_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """The loop of PPO trainers that know no masks: other numbers, the least work that a loop over time can do."""
+    last = torch.zeros_like(rewards[:, 0])
+    columns = []
+    T = rewards.shape[1]
+    for t in reversed(range(T)):
+        next_value = values[:, t + 1] if t + 1 < T else 0.0
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        last = delta + gamma * lam * last
+        columns.append(last)
+    advantages = torch.stack(columns[::-1], dim=1)
+    return advantages, advantages + values
+
+
+def grpo(device: str, name: str, S: int, T: int) -> Case:
+    """GRPO advantages of S trajectories in groups of 5, spread over their tokens."""
+    generator = torch.Generator(device).manual_seed(0)
+    rewards = torch.zeros(S, T, device=device)
+    rewards[:, -1] = torch.rand(S, generator=generator, device=device)
+    mask = (torch.arange(T, device=device) % 400 < 160).repeat(S, 1)
+    groups = torch.arange(S, device=device) // 5
+    names = groups.cpu().numpy().astype(str)
+    weights = mask.float()
+    variants = Variants()
+    verl = find("verl.trainer.ppo.core_algos", "compute_grpo_outcome_advantage")
+    variants.add_peer("verl loop", verl, lambda: {"advantages": verl(rewards, weights, names)[0]})
+
+    def in_torch(given: Tensor = rewards) -> Results:
+        scores = given.sum(-1).view(-1, 5)
+        normed = (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-6)
+        return {"advantages": normed.view(-1, 1) * mask.to(given.dtype)}
+
+    def ours() -> Results:
+        found = zs_kernels.group_advantages(rewards.sum(-1), groups, S // 5)
+        return {"advantages": found.advantages[:, None] * weights}
+
+    variants.add("torch, equal groups", in_torch)
+    variants.add("group_advantages", ours)
+    return Case(
+        name, f"{S}x{T} float32", variants.calls, device, exact=lambda: in_torch(rewards.double()),
+        tolerance=1e-4, bytes=9.0 * S * T, absent=variants.absent,
+    )  # fmt: skip
+
+
+def token_maps(device: str, name: str, S: int, T: int) -> Case:
+    """k3 and whitening of masked tokens, both in one case: they are a pass or two over the same arrays."""
+    generator = torch.Generator(device).manual_seed(0)
+    logprobs, ref = (-torch.randn(S, T, generator=generator, device=device).abs() for _ in range(2))
+    mask = (torch.arange(T, device=device) % 400 < 160).repeat(S, 1)
+
+    def k3(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(mask, torch.exp(b - a) - (b - a) - 1.0, 0.0)
+
+    def whiten(values: Tensor) -> Tensor:
+        m = mask.to(values.dtype)
+        mean = (values * m).sum() / m.sum()
+        variance = ((values - mean) ** 2 * m).sum() / (m.sum() - 1.0)
+        return (values - mean) * torch.rsqrt(variance + 1e-8) * m
+
+    variants: dict[str, Callable[[], Any]] = {
+        "k3, eager": lambda: {"kl": k3(logprobs, ref)},
+        "kl_estimates": lambda: {"kl": zs_kernels.kl_estimates(logprobs, ref, mask=mask)},
+        "whiten, eager": lambda: {"whitened": whiten(logprobs)},
+        "masked_whiten": lambda: {"whitened": zs_kernels.masked_whiten(logprobs, mask)},
+    }
+
+    def exact() -> Results:
+        return {"kl": k3(logprobs.double(), ref.double()), "whitened": whiten(logprobs.double())}
+
+    return Case(
+        name, f"{S}x{T} float32", variants, device, exact=exact, tolerance=1e-4, bytes=13.0 * S * T,
+    )  # fmt: skip
+
+
+def values(device: str, name: str, N: int) -> Case:
+    """The clipped value loss, forward and backward."""
+    generator = torch.Generator(device).manual_seed(0)
+    old, returns = (torch.randn(N, generator=generator, device=device) for _ in range(2))
+    new = (old + 0.3 * torch.randn(N, generator=generator, device=device)).requires_grad_()
+    weights = torch.full((N,), 1.0 / N, device=device)
+
+    def finish(loss: Tensor, leaf: Tensor = new) -> Results:
+        return {"loss": loss.detach(), "grad": torch.autograd.grad(loss, leaf)[0]}
+
+    def eager(leaf: Tensor = new) -> Results:
+        clipped = old + (leaf - old).clamp(-0.2, 0.2)
+        errors = torch.maximum((leaf - returns) ** 2, (clipped - returns) ** 2)
+        return finish((0.5 * errors * weights).sum(), leaf)
+
+    def ours() -> Results:
+        return finish(zs_kernels.value_loss(new, returns, weights, old_values=old).loss)
+
+    variants = {EAGER: eager, "value_loss": ours}
+    return Case(
+        name, f"{N} float32", variants, device, exact=lambda: eager(new.detach().double().requires_grad_()),
+        tolerance=1e-4, bytes=20.0 * N,
+    )  # fmt: skip
