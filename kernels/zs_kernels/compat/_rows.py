@@ -110,3 +110,10 @@ def _joined(columns: tuple[Tensor | None, ...], shape: tuple[int, ...]) -> Tenso
         return None
     whole = given[0] if len(given) == 1 else torch.cat(given)
     return whole.reshape(*shape, *whole.shape[1:])
+
+
+def sequence_log_ratio(logprobs: Tensor, old_logprobs: Tensor, valid: Tensor) -> Tensor:
+    """[B, T]: at each token the mean log ratio of its sequence's unmasked tokens, with the gradient of that mean."""
+    difference = torch.where(valid, logprobs - old_logprobs, 0.0)
+    mean = difference.sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True).clamp(min=1)
+    return mean.expand(logprobs.shape)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from zs_kernels._check import require, require_floating
-from zs_kernels.compat._rows import boolean, constant
+from zs_kernels.compat._rows import boolean, constant, sequence_log_ratio
 from zs_kernels.group_advantages import group_advantages
+from zs_kernels.kl_estimates import kl_estimates
 from zs_kernels.policy_loss import policy_loss
 from zs_kernels.reductions import masked_mean, masked_var
 
@@ -146,20 +147,13 @@ def _aggregation(
     return counted / (rows * accumulation)
 
 
-def _check_kind(loss_type: str, level: str, advantages: Tensor, importance_sampling_ratio: Tensor | None) -> None:
+def _check_kind(loss_type: str, level: str) -> None:
     op = "grpo_loss"
     require(loss_type not in NOT_HERE, op, "loss_type", f"one of {LOSS_TYPES}; TRL's own trainer has it", loss_type)
     require(loss_type in LOSS_TYPES, op, "loss_type", f"one of {LOSS_TYPES}", loss_type)
     require(level in ("token", "sequence"), op, "importance_sampling_level", "token or sequence", level)
-    if level == "token":
-        return
-    # The op gives a token the derivative of its sequence's ratio by itself: the sum over a sequence is TRL's where its
-    # tokens are alike.
-    even = advantages.dim() == 1 or advantages.shape[1] == 1
-    require(even, op, "advantages", "one per completion for sequence-level ratios", advantages)
-    even = importance_sampling_ratio is None or importance_sampling_ratio.shape[1] == 1
-    require(even, op, "importance_sampling_ratio", "[B, 1] for sequence-level ratios", importance_sampling_ratio)
-    require(loss_type != "cispo", op, "importance_sampling_level", "token for cispo", level)
+    token = level == "token" or loss_type != "cispo"
+    require(token, op, "importance_sampling_level", "token for cispo; TRL's own trainer has the other", level)
 
 
 def grpo_loss(
@@ -201,7 +195,7 @@ def grpo_loss(
     constant(op, advantages=advantages, importance_sampling_ratio=importance_sampling_ratio, **given)
     require(beta == 0.0 or ref_per_token_logps is not None, op, "ref_per_token_logps", "given with beta", None)
     require(entropy_coef == 0.0 or entropies is not None, op, "entropies", "given with entropy_coef", None)
-    _check_kind(loss_type, importance_sampling_level, advantages, importance_sampling_ratio)
+    _check_kind(loss_type, importance_sampling_level)
     per_sequence = importance_sampling_level == "sequence"
     require(tuple(mask.shape) == tuple(shape), op, "mask", f"of shape {list(shape)}", mask)
     valid = boolean(op, "mask", mask)
@@ -209,25 +203,31 @@ def grpo_loss(
     weights = _aggregation(
         valid, loss_type, accumulation, max_completion_length, num_items_in_batch, num_processes, steps_per_generation
     )
+    old = per_token_logps.detach() if old_per_token_logps is None else old_per_token_logps
+    logps = per_token_logps
+    if per_sequence:
+        logps, old = sequence_log_ratio(per_token_logps, old, valid), torch.zeros_like(per_token_logps)
     found = policy_loss(
-        per_token_logps,
-        per_token_logps.detach() if old_per_token_logps is None else old_per_token_logps,
+        logps,
+        old,
         (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand(shape),
         weights,
         mask=valid,
-        form="cispo_cap" if loss_type == "cispo" else "gspo" if per_sequence else "ppo",
+        form="cispo_cap" if loss_type == "cispo" else "ppo",
         clip_low=epsilon_low,
         clip_high=epsilon_high,
         ratio_cap=epsilon_high if loss_type == "cispo" else delta,
         importance_weights=None if importance_sampling_ratio is None else importance_sampling_ratio.expand(shape),
-        ref_logprobs=ref_per_token_logps if beta != 0.0 else None,
-        kl_coefficient=beta,
-        cu_seqlens=torch.arange(0, shape.numel() + 1, max(shape[1], 1), device=valid.device) if per_sequence else None,
+        ref_logprobs=None if per_sequence or beta == 0.0 else ref_per_token_logps,
+        kl_coefficient=0.0 if per_sequence else beta,
         min_log_ratio=-math.inf,
         max_log_ratio=math.inf,
     )
-    loss = found.loss
+    loss, kl_sum = found.loss, found.kl_sum
+    if per_sequence and beta != 0.0:
+        kl = kl_estimates(per_token_logps, ref_per_token_logps, mask=valid)
+        loss, kl_sum = loss + beta * (weights * kl).sum(), kl.detach().sum()
     if entropy_coef != 0.0:
         loss = loss - entropy_coef / accumulation * masked_mean(entropies, valid)
     number = found.token_count.clamp(min=1.0)
-    return GrpoLoss(loss, found.kl_sum / number, found.clipped_low / number, found.clipped_high / number)
+    return GrpoLoss(loss, kl_sum / number, found.clipped_low / number, found.clipped_high / number)
