@@ -169,7 +169,7 @@ class AlgorithmConfig(Section):
     kl_estimator: Literal["k1", "k2", "k3", "k1+", "k3+"] = "k3"
     """Estimate per token. `+` keeps the value and has k2's gradient. In the reward only `k1` is unbiased."""
     kl_target: Annotated[float, Field(gt=0.0)] | None = None
-    """Nats per token to steer the coefficient to, by 10 % a step at most; empty leaves it fixed."""
+    """Nats per token that the coefficient is steered to, by at most 2 % a step; unset leaves it fixed."""
     entropy_coefficient: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of the entropy bonus."""
     advantage_eps: Annotated[float, Field(gt=0.0)] = 1e-6
@@ -270,14 +270,20 @@ class EvalConfig(Section):
 
 
 class EngineConfig(Section):
-    """The sampler."""
+    """The sampler. Either kind samples with the very weights that the update writes: nothing is copied."""
 
-    kind: Literal["transformers"] = "transformers"
-    """`transformers`: plain transformers models over preallocated KV slots; they share the policy's weights."""
+    kind: Literal["transformers", "vllm"] = "transformers"
+    """`transformers`: plain transformers models over preallocated KV slots; `vllm`: vLLM in this process (CPU build
+    0.32, or 0.26 and later on a GPU, where it has not been measured)."""
     slots: Positive = 64
-    """Sequences decoded at once, per model."""
+    """Sequences decoded at once, per model; vLLM's max_num_seqs."""
     batch_invariant: bool | None = None
-    """A row's result does not depend on the other rows, bit for bit. Default: on for CPU, off elsewhere."""
+    """A row's result does not depend on the other rows, bit for bit. Default: on for CPU, off elsewhere. Kind
+    `transformers` only."""
+    kv_cache_gib: Annotated[float, Field(ge=0.0)] = 0.0
+    """Memory for keys and values, per model (kind `vllm`). 0 takes what `slots` sequences of full length need."""
+    enforce_eager: bool = False
+    """No CUDA graphs: starts sooner, decodes slower (kind `vllm`; always so on a CPU)."""
 
 
 class LogConfig(Section):

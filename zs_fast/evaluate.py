@@ -13,10 +13,9 @@ from typing import Any
 
 from zs_fast.config import RunConfig, write_config
 from zs_fast.errors import ConfigError
-from zs_fast.models.load import DTYPES, load_model
 from zs_fast.rollout.play import Player, Progress
 from zs_fast.search.data import QuestionOrder, load_questions
-from zs_fast.setup import build_arena, simulator_name, use_device
+from zs_fast.setup import build_arena, load_served, simulator_name, use_device
 from zs_fast.system.console import make_screen
 from zs_fast.system.environment import write_environment
 from zs_fast.system.files import FileOperations, replace_file
@@ -78,7 +77,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     device = use_device(config)
     check_writable(output)
     with run_lock(output), closing(make_screen(0, config.name)) as screen:
-        policy = load_model(config.model.path, dtype=DTYPES[config.model.dtype], device=device)
+        policy = load_served(config.model.path, config, device)
         arena = build_arena(config, policy, device=device, training=False)
         results: dict[str, Any] = {}
         try:

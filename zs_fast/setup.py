@@ -11,7 +11,8 @@ import torch
 
 from zs_fast.config import RunConfig, SamplingConfig
 from zs_fast.errors import PreflightError
-from zs_fast.models.load import DTYPES, LoadedModel, load_model, resolve_device
+from zs_fast.models.load import DTYPES, LoadedModel, load_model, load_skeleton, resolve_device, resolve_path
+from zs_fast.rollout.engine import LocalEngine
 from zs_fast.rollout.openai_engine import OpenAIEngine
 from zs_fast.rollout.play import Player
 from zs_fast.rollout.transformers_engine import TransformersEngine
@@ -30,7 +31,7 @@ EVALUATION_NAMES = {"simulator": "simulator", "bm25": "bm25", "none": "closed_bo
 class Arena:
     """Where the policy plays: one engine for policy and simulator, one player to train with, one per evaluation."""
 
-    engine: TransformersEngine
+    engine: LocalEngine
     codec: Codec
     training_player: Player
     evaluation_players: dict[str, Player] = field(default_factory=dict)
@@ -48,6 +49,16 @@ def use_device(config: RunConfig) -> torch.device:
     if config.threads:
         torch.set_num_threads(config.threads)
     return resolve_device(config.model.device)
+
+
+def load_served(path: str, config: RunConfig, device: torch.device) -> LoadedModel:
+    """The model at `path`, for `build_arena` to serve. vLLM reads a folder's weights itself: they exist only once."""
+    dtype = DTYPES[config.model.dtype]
+    if config.engine.kind != "vllm":
+        return load_model(path, dtype=dtype, device=device)
+    if resolve_path(path).is_dir():
+        return load_skeleton(path, dtype=dtype)
+    return load_model(path, dtype=dtype)
 
 
 def simulator_name(config: RunConfig, *, training: bool) -> str:
@@ -82,7 +93,8 @@ def build_arena(
 ) -> Arena:
     """Put `policy`, and the simulator where a search needs it, into one engine, and make the players.
 
-    `base` is the policy before training, where it is in memory already: a simulator of kind `policy` speaks through it.
+    `policy` is a model of `load_served`; its module is the engine's afterwards. `base` is one too, the policy before
+    training, where it is in memory already: a simulator of kind `policy` speaks through it.
     Without `training` the simulator is loaded, or its server asked, only if an evaluation needs it.
     """
     used: set[str] = set(config.eval.search) if config.eval.data else set()
@@ -94,16 +106,8 @@ def build_arena(
     elif "simulator" in used and config.simulator.kind != "bm25":
         shared = base if config.simulator.kind == "policy" else None
         path = simulator_name(config, training=training)
-        models[Role.SIMULATOR] = shared or load_model(path, dtype=DTYPES[config.model.dtype], device=device)
-    engine = TransformersEngine(
-        models,
-        slots=config.engine.slots,
-        max_context_tokens={
-            Role.POLICY: config.game.max_context_tokens,
-            Role.SIMULATOR: config.game.max_context_tokens + config.simulator.max_new_tokens,
-        },
-        batch_invariant=config.engine.batch_invariant,
-    )
+        models[Role.SIMULATOR] = shared or load_served(path, config, device)
+    engine = _engine(config, models, device)
     codec = Codec(policy.tokenizer, chat_template=config.model.chat_template)
 
     def player(search: str, sampling: SamplingConfig, group_size: int) -> Player:
@@ -130,10 +134,43 @@ def build_arena(
     )
 
 
+def _engine(config: RunConfig, models: dict[Role, LoadedModel], device: torch.device) -> LocalEngine:
+    limits = {
+        Role.POLICY: config.game.max_context_tokens,
+        Role.SIMULATOR: config.game.max_context_tokens + config.simulator.max_new_tokens,
+    }
+    settings, sampling = config.engine, config.sampling
+    if settings.kind == "transformers":
+        return TransformersEngine(
+            models, slots=settings.slots, max_context_tokens=limits, batch_invariant=settings.batch_invariant
+        )
+    if settings.batch_invariant:
+        raise PreflightError(
+            "engine.batch_invariant = true is offered by engine.kind = 'transformers' only; vLLM's results depend on "
+            "the batch. Leave it out, or take that kind."
+        )
+    if sampling.top_p < 1.0 or sampling.top_k:
+        raise PreflightError(
+            f"sampling.top_p is {sampling.top_p} and sampling.top_k {sampling.top_k}, but engine.kind = 'vllm' takes "
+            "top_p = 1 and top_k = 0 only: its log-probabilities would be those of the cut distribution."
+        )
+    from zs_fast.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(
+        models,
+        slots=settings.slots,
+        max_context_tokens=limits,
+        device=device,
+        frozen=(Role.SIMULATOR,),
+        kv_cache_bytes=int(settings.kv_cache_gib * 2**30) or None,
+        enforce_eager=settings.enforce_eager,
+    )
+
+
 def _search_backend(
     name: str,
     config: RunConfig,
-    engine: TransformersEngine,
+    engine: LocalEngine,
     remote: OpenAIEngine | None,
     models: dict[Role, LoadedModel],
 ) -> SearchBackend:

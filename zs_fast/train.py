@@ -29,7 +29,7 @@ from zs_fast.rollout.play import Player, Progress
 from zs_fast.search.curriculum import noise_probability
 from zs_fast.search.data import QuestionOrder, load_questions
 from zs_fast.search.statistics import search_statistics
-from zs_fast.setup import build_arena, use_device
+from zs_fast.setup import build_arena, load_served, use_device
 from zs_fast.system.checkpoint import Checkpoint, CheckpointStore, check_same_run
 from zs_fast.system.environment import write_environment
 from zs_fast.system.files import FileOperations, replace_file
@@ -87,16 +87,18 @@ class _Run:
         self.order.batch(0, config.train.questions_per_step)
         self.eval_questions = evaluation_questions(config)
         device = use_device(config)
-        self.policy = load_model(config.model.path, dtype=DTYPES[config.model.dtype], device=device)
+        self.policy = load_served(config.model.path, config, device)
         reference = self._reference(device)
-        if checkpoint:
-            self._load_policy_weights(checkpoint)
         self.arena = build_arena(config, self.policy, device=device, base=reference)
         stack.callback(self.arena.close)
+        if checkpoint:
+            self._load_policy_weights(checkpoint)
         self.roles = Roles(policy=self.policy, reference=reference, temperature=config.sampling.temperature)
         self.updater = Updater(self.roles, config.train, config.algorithm, total_steps=config.train.steps)
         self.publisher = WeightPublisher(
-            self.arena.engine, trained=self.policy.model, served=self.arena.engine.module(Role.POLICY)
+            self.arena.engine,
+            trained=self.policy.model,
+            served=partial(self.arena.engine.served, Role.POLICY),
         )
         self.memory = Memory(device)
         self.evaluations: dict[str, dict[str, Any]] = {}
@@ -172,6 +174,8 @@ class _Run:
         """The policy as it was before the first step; loaded only when the KL term is used."""
         if not self.config.algorithm.kl_coefficient:
             return None
+        if self.config.simulator.kind == "policy":  # the simulator speaks through it, so the engine serves it
+            return load_served(self.config.model.path, self.config, device)
         return load_model(self.config.model.path, dtype=DTYPES[self.config.model.dtype], device=device)
 
     def _load_policy_weights(self, checkpoint: Checkpoint) -> None:

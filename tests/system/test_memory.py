@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,9 +96,13 @@ def test_caches_are_emptied_in_one_file_only() -> None:
     assert users == ["memory.py"]
 
 
+def tensors_of(module: nn.Module) -> Callable[[], dict[str, torch.Tensor]]:
+    return lambda: dict(module.named_parameters())
+
+
 def test_a_shared_module_is_published_with_rising_versions() -> None:
     engine, model = FakeEngine(), nn.Linear(3, 2)
-    publisher = WeightPublisher(engine, trained=model, served=model)
+    publisher = WeightPublisher(engine, trained=model, served=tensors_of(model))
     publisher.publish(1)
     publisher.publish(5)
     assert engine.calls == ["publish 1", "publish 5"] and publisher.version == 5
@@ -111,16 +116,16 @@ def test_a_copy_is_refused_at_the_start() -> None:
     model, copy = nn.Linear(3, 2), nn.Linear(3, 2)
     copy.load_state_dict(model.state_dict())
     with pytest.raises(EngineError, match="weight lies in other memory"):
-        WeightPublisher(FakeEngine(), trained=model, served=copy)
+        WeightPublisher(FakeEngine(), trained=model, served=tensors_of(copy))
     with pytest.raises(EngineError, match="bias"):
-        WeightPublisher(FakeEngine(), trained=model, served=nn.Linear(3, 2, bias=False))
+        WeightPublisher(FakeEngine(), trained=model, served=tensors_of(nn.Linear(3, 2, bias=False)))
 
 
 def test_weights_that_part_later_are_caught_before_they_are_published() -> None:
     trained, served = nn.Linear(3, 2), nn.Linear(3, 2)
     served.weight, served.bias = trained.weight, trained.bias
     engine = FakeEngine()
-    publisher = WeightPublisher(engine, trained=trained, served=served)
+    publisher = WeightPublisher(engine, trained=trained, served=tensors_of(served))
     publisher.publish(1)
     with torch.no_grad():
         trained.weight.add_(1)  # in place: still one memory

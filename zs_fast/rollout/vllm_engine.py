@@ -1,0 +1,299 @@
+"""Rollouts by vLLM in this process, over the very weights that the trainer updates.
+
+One vLLM engine per distinct model; all roles of a step advance together, and a completion's end is decided by the same
+rules as in the embedded engine. Token ids go in and come out as they are: vLLM has no tokenizer here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from zs_fast.errors import EngineError, PreflightError
+from zs_fast.models.load import LoadedModel
+from zs_fast.rollout.shared_weights import probe, served_tensors, share
+from zs_fast.rollout.stop import StopStrings, eos_token_ids
+from zs_fast.rollout.vllm_core import (
+    MIN_TEMPERATURE,
+    SMALLEST_CPU_HEAD,
+    CoreSettings,
+    Finished,
+    VllmCore,
+    cache_block_tokens,
+    check_device,
+    default_device,
+)
+from zs_fast.search.codec import Codec
+from zs_fast.types import Completion, FinishReason, Role, Sampling
+
+
+class VllmEngine:
+    """Engine over one loaded model per role (one model may serve several roles); see the Engine protocol.
+
+    Every model's parameters become views of vLLM's tensors, in place: parameters on the meta device (`load_skeleton`)
+    take the weights that vLLM reads from the model's folder, others are moved in. Then one short completion is scored
+    by the trainer's forward, so that a layout read wrongly is found before the first rollout.
+
+    A prefix is shared by all requests of a role and policy version, whatever their `cache_salt`. `frozen` roles keep
+    their cache when weights are published. Log-probabilities are those of the whole vocabulary at the sampling
+    temperature; top_p and top_k are refused, since vLLM would report the cut distribution's. A simulator's completions
+    carry none. Results depend on what else is in the batch (last bits), unlike the embedded engine's.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[Role, LoadedModel],
+        *,
+        slots: int,
+        max_context_tokens: Mapping[Role, int] | int,
+        device: torch.device | None = None,
+        frozen: Collection[Role] = (),
+        kv_cache_bytes: int | None = None,
+        enforce_eager: bool = False,
+    ) -> None:
+        """`kv_cache_bytes` is per model; by default what `slots` sequences of full length need. `device` must be the
+        one that the installed vLLM was built for.
+        """
+        device = check_device(device)
+        if slots < 1:
+            raise EngineError(f"engine.slots is {slots}; at least 1 is needed.")
+        self._version = 0
+        self._lanes: dict[Role, _Lane] = {}
+        self._served: list[_ServedModel] = []
+        limits = {
+            role: max_context_tokens if isinstance(max_context_tokens, int) else max_context_tokens[role]
+            for role in models
+        }
+        for loaded in {id(loaded): loaded for loaded in models.values()}.values():
+            roles = [role for role in models if models[role] is loaded]
+            served = _ServedModel(
+                loaded,
+                roles,
+                slots=slots,
+                max_context_tokens=max(limits[role] for role in roles),
+                device=device,
+                kv_cache_bytes=kv_cache_bytes,
+                enforce_eager=enforce_eager,
+                frozen=all(role in frozen for role in roles),
+            )
+            self._served.append(served)
+            self._lanes |= {role: _Lane(role, served, limits[role]) for role in roles}
+
+    def add(
+        self, request_id: int, prompt_ids: list[int], sampling: Sampling, *, role: Role, cache_salt: str | None = None
+    ) -> None:
+        self._lane(role).add(request_id, prompt_ids, sampling, self._version)
+
+    def step(self) -> list[Completion]:
+        completions = []
+        for served in self._served:
+            if served.core.num_unfinished:
+                for finished in served.core.step():
+                    role = Role(finished.key.partition(":")[0])
+                    completions.append(self._lanes[role].finish(finished))
+        return completions
+
+    @property
+    def num_unfinished(self) -> int:
+        return sum(len(lane.unfinished) for lane in self._lanes.values())
+
+    def end(self, role: Role, cache_salt: str) -> None:
+        """Nothing to do: blocks that no running request holds are the first to be overwritten."""
+
+    def publish(self, version: int) -> None:
+        self._version = version
+        for served in self._served:
+            if not served.frozen:
+                served.version = version
+                served.core.forget_kv()
+
+    def release_kv(self) -> int:
+        busy = {role: len(lane.unfinished) for role, lane in self._lanes.items() if lane.unfinished}
+        if busy:
+            counts = ", ".join(f"{count} of {role}" for role, count in busy.items())
+            raise EngineError(f"release_kv with unfinished requests ({counts}). Step until they are finished.")
+        return sum(served.core.release_kv() for served in self._served)
+
+    def acquire_kv(self) -> None:
+        for served in self._served:
+            served.core.acquire_kv()
+
+    def close(self) -> None:
+        for served in self._served:
+            served.core.close()
+        self._lanes, self._served = {}, []
+
+    def module(self, role: Role) -> PreTrainedModel:
+        """The trainer's module for `role`; its parameters are vLLM's memory."""
+        return self._lane(role).model
+
+    def served(self, role: Role) -> dict[str, Tensor]:
+        """The tensors that vLLM samples `role` with at this moment, under the trainer's names."""
+        return served_tensors(self._lane(role).served.core.module)
+
+    def _lane(self, role: Role) -> _Lane:
+        if role not in self._lanes:
+            have = ", ".join(self._lanes) or "none (it is closed)"
+            raise EngineError(f"This engine has no model for role {role!r}; its roles: {have}.")
+        return self._lanes[role]
+
+
+class _ServedModel:
+    """One model: vLLM's engine for it, and the trainer's module over the same memory."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        roles: Sequence[Role],
+        *,
+        slots: int,
+        max_context_tokens: int,
+        device: torch.device,
+        kv_cache_bytes: int | None,
+        enforce_eager: bool,
+        frozen: bool,
+    ) -> None:
+        _check_model(loaded, roles, max_context_tokens)
+        self.loaded = loaded
+        self.frozen = frozen
+        self.version = 0
+        parameter = next(loaded.model.parameters())
+        with tempfile.TemporaryDirectory(prefix="zs_fast_") as temporary:
+            empty = not parameter.is_meta
+            folder = Path(temporary) if empty else loaded.path
+            if empty:
+                loaded.model.config.architectures = [type(loaded.model).__name__]
+                loaded.model.config.save_pretrained(folder)
+            self.core = VllmCore(
+                CoreSettings(
+                    folder=folder,
+                    name=loaded.name,
+                    dtype=parameter.dtype,
+                    device=device,
+                    max_context_tokens=max_context_tokens,
+                    max_num_seqs=slots,
+                    vocab_size=len(loaded.tokenizer),
+                    kv_cache_bytes=kv_cache_bytes
+                    or _kv_bytes(loaded.model.config, parameter.dtype, slots, max_context_tokens),
+                    empty=empty,
+                    enforce_eager=enforce_eager,
+                )
+            )
+        share(loaded, served_tensors(self.core.module))
+        self.probe_difference = probe(loaded, self._sample)
+
+    def _sample(self, prompt_ids: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
+        """Greedy ids and log-probabilities, with nothing else in the engine."""
+        sampling = Sampling(max_new_tokens=num_tokens, temperature=0.0)
+        self.core.add("probe", prompt_ids, sampling, eos_ids=(), stopped=None, salt="probe", with_logprobs=True)
+        while True:
+            for finished in self.core.step():
+                return finished.token_ids, finished.logprobs
+
+
+class _Lane:
+    """One role's requests: what it accepts, where a completion ends, and what comes back."""
+
+    def __init__(self, role: Role, served: _ServedModel, max_tokens: int) -> None:
+        loaded = served.loaded
+        self.model = loaded.model
+        self.served = served
+        self.unfinished: dict[int, int] = {}
+        """Request id -> the policy version it was added under."""
+        self._role = role
+        self._max_tokens = max_tokens
+        self._vocab_size = loaded.model.get_input_embeddings().num_embeddings
+        codec = Codec(loaded.tokenizer, chat_template=True)
+        self._eos_ids = sorted(eos_token_ids(loaded, codec))
+        self._stop_strings = StopStrings(codec)
+
+    def add(self, request_id: int, prompt_ids: list[int], sampling: Sampling, version: int) -> None:
+        self._check(request_id, prompt_ids, sampling)
+        stop = sampling.stop
+        self.served.core.add(
+            f"{self._role}:{request_id}",
+            prompt_ids,
+            sampling,
+            eos_ids=self._eos_ids,
+            stopped=partial(self._stop_strings.completed, stop=stop) if stop else None,
+            salt=f"{self._role}@{self.served.version}",
+            with_logprobs=self._role is not Role.SIMULATOR,
+        )
+        self.unfinished[request_id] = version
+
+    def finish(self, finished: Finished) -> Completion:
+        request_id = int(finished.key.partition(":")[2])
+        return Completion(
+            request_id=request_id,
+            role=self._role,
+            token_ids=tuple(finished.token_ids),
+            logprobs=tuple(finished.logprobs),
+            finish_reason=FinishReason.STOP if finished.stopped else FinishReason.LENGTH,
+            policy_version=self.unfinished.pop(request_id),
+        )
+
+    def _check(self, request_id: int, prompt_ids: list[int], sampling: Sampling) -> None:
+        needed = len(prompt_ids) + sampling.max_new_tokens - 1
+        if not prompt_ids or sampling.max_new_tokens < 1 or needed > self._max_tokens:
+            raise EngineError(
+                f"Request {request_id} of {self._role} has a prompt of {len(prompt_ids)} tokens and asks for "
+                f"{sampling.max_new_tokens} new ones; both must be at least 1, and together they may hold "
+                f"{self._max_tokens + 1} (max_context_tokens + 1). Shorten the prompt or raise the limit."
+            )
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self._vocab_size:
+            raise EngineError(
+                f"Request {request_id} of {self._role} holds token ids from {min(prompt_ids)} to {max(prompt_ids)}; "
+                f"the model knows 0 to {self._vocab_size - 1}. Another tokenizer's ids?"
+            )
+        if request_id in self.unfinished:
+            raise EngineError(f"Request {request_id} of {self._role} was added twice before it finished.")
+        if sampling.top_p < 1.0 or sampling.top_k:
+            raise EngineError(
+                f"Request {request_id} of {self._role} has top_p {sampling.top_p} and top_k {sampling.top_k}; with "
+                "vLLM its log-probabilities would be those of the cut distribution. Use top_p = 1 and top_k = 0, or "
+                "engine.kind = 'transformers'."
+            )
+        if 0.0 < sampling.temperature < MIN_TEMPERATURE:
+            raise EngineError(
+                f"Request {request_id} of {self._role} has temperature {sampling.temperature}; vLLM samples at 0 or "
+                f"from {MIN_TEMPERATURE} up."
+            )
+
+
+def _check_model(loaded: LoadedModel, roles: Sequence[Role], max_context_tokens: int) -> None:
+    config = loaded.model.config
+    positions = config.max_position_embeddings
+    if max_context_tokens > positions:
+        raise PreflightError(
+            f"The {' and '.join(roles)} may need contexts of {max_context_tokens} tokens, but model {loaded.name!r} "
+            f"knows {positions} positions. Lower game.max_context_tokens (for a simulator: max_new_tokens), or take "
+            "another model."
+        )
+    if getattr(config, "quantization_config", None):
+        raise PreflightError(
+            f"Model {loaded.name!r} has quantised weights, which can't be trained in place. Give its plain bfloat16 or "
+            "float32 weights, or use engine.kind = 'transformers'."
+        )
+    if default_device().type == "cpu" and _head_dim(config) < SMALLEST_CPU_HEAD:
+        raise PreflightError(
+            f"Model {loaded.name!r} has attention heads of {_head_dim(config)} numbers; vLLM on a CPU needs at least "
+            f"{SMALLEST_CPU_HEAD}. Use engine.kind = 'transformers'."
+        )
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _kv_bytes(config: Any, dtype: torch.dtype, slots: int, max_context_tokens: int) -> int:
+    """Bytes for `slots` sequences of full length, in whole blocks, and one block that vLLM keeps for itself."""
+    block = cache_block_tokens()
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config) * dtype.itemsize
+    return int((slots * -(-(max_context_tokens + 1) // block) + 1) * block * per_token)
