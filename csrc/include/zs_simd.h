@@ -137,9 +137,17 @@ ZS_INLINE Mask unordered(Floats a) { return a != a; }
 ZS_INLINE bool any(Mask a) {
   IntPart all = a.part[0];
   for (int p = 1; p < kParts; ++p) all |= a.part[p];
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)all, (__m512i)all) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)all) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_ps((__m128)all) != 0;
+#else
   int32_t found = 0;
   for (int i = 0; i < kPartLanes; ++i) found |= all[i];
   return found != 0;
+#endif
 }
 
 // a where a > b, else b: hence b where either is NaN.
@@ -193,15 +201,44 @@ inline float fused_multiply_add(float a, float b, float c) {
 #endif
 }
 // a * b + c, rounded once.
-ZS_INLINE Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
-  ZS_PARTS a.part[p] = (FloatPart)_mm512_fmadd_ps((__m512)a.part[p], (__m512)b.part[p], (__m512)c.part[p]);
+ZS_INLINE FloatPart fma_part(FloatPart a, FloatPart b, FloatPart c) {
+  return (FloatPart)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
 #elif defined(__AVX2__)
-  ZS_PARTS a.part[p] = (FloatPart)_mm256_fmadd_ps((__m256)a.part[p], (__m256)b.part[p], (__m256)c.part[p]);
+ZS_INLINE FloatPart fma_part(FloatPart a, FloatPart b, FloatPart c) {
+  return (FloatPart)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+#elif defined(__x86_64__)
+inline __attribute__((noinline)) FloatPart fma_part(FloatPart a, FloatPart b, FloatPart c) {
+  // Rounding the sum to double first goes wrong only where that lands half way between two floats, or below the
+  // smallest normal one: rarely, and then the slow way is taken.
+  const auto sum = [](__m128 x, __m128 y, __m128 z) {
+    return _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z));
+  };
+  const auto doubtful = [](__m128d x) {
+    const __m128i low = _mm_and_si128(_mm_castpd_si128(x), _mm_set1_epi64x(0x1fffffff));
+    const __m128i half_way = _mm_cmpeq_epi32(low, _mm_set1_epi64x(static_cast<int64_t>(0xffffffff10000000ull)));
+    const __m128d size = _mm_andnot_pd(_mm_set1_pd(-0.0), x);
+    const __m128d small = _mm_and_pd(_mm_cmplt_pd(size, _mm_set1_pd(0x1p-126)), _mm_cmpneq_pd(x, _mm_setzero_pd()));
+    return _mm_or_si128(half_way, _mm_castpd_si128(small));
+  };
+  const __m128 x = (__m128)a, y = (__m128)b, z = (__m128)c;
+  const __m128d first = sum(x, y, z);
+  const __m128d second = sum(_mm_movehl_ps(x, x), _mm_movehl_ps(y, y), _mm_movehl_ps(z, z));
+  if (_mm_movemask_epi8(_mm_or_si128(doubtful(first), doubtful(second))) == 0)
+    return (FloatPart)_mm_movelh_ps(_mm_cvtpd_ps(first), _mm_cvtpd_ps(second));
+  for (int i = 0; i < kPartLanes; ++i) a[i] = fused_multiply_add(a[i], b[i], c[i]);
+  return a;
+}
 #else
-  ZS_PARTS for (int i = 0; i < kPartLanes; ++i)
-    a.part[p][i] = fused_multiply_add(a.part[p][i], b.part[p][i], c.part[p][i]);
+ZS_INLINE FloatPart fma_part(FloatPart a, FloatPart b, FloatPart c) {
+  for (int i = 0; i < kPartLanes; ++i) a[i] = fused_multiply_add(a[i], b[i], c[i]);
+  return a;
+}
 #endif
+ZS_INLINE Floats fma(Floats a, Floats b, Floats c) {
+  ZS_PARTS a.part[p] = fma_part(a.part[p], b.part[p], c.part[p]);
   return a;
 }
 
@@ -214,12 +251,21 @@ ZS_INLINE Uints round_to_bf16(Floats x) {
   return select_bits(unordered(x), u | 0x00400000u, rounded);
 }
 
+// One part at a time: a struct copied as a whole would live in memory instead of registers.
+template <class Part>
+ZS_INLINE Part load_part(const void* from) {
+  Part part;
+  std::memcpy(&part, from, sizeof part);
+  return part;
+}
 ZS_INLINE Floats load(const float* from) {
   Floats r;
-  std::memcpy(&r, from, sizeof r);
+  ZS_PARTS r.part[p] = load_part<FloatPart>(from + p * kPartLanes);
   return r;
 }
-ZS_INLINE void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+ZS_INLINE void store(float* to, Floats x) {
+  ZS_PARTS std::memcpy(to + p * kPartLanes, &x.part[p], sizeof(FloatPart));
+}
 
 ZS_INLINE Floats load(const Bf16* from) {
   Uints r;

@@ -17,19 +17,20 @@ struct WholePower {
   }
 };
 
-// 2^x, <= 1 ulp, for x below 2^21: 0 below -126.5 (-inf too), infinity from 127.5 on, NaN where x is NaN.
-ZS_INLINE Floats exp2_bounded(Floats x) {
-  x = max(-127.0f, x);
-  const WholePower<0> split(x, 1.0f);
-  const Floats r = x - split.whole;
-  Floats q = fma(r, 0x1.470b48p-13f, 0x1.5f7276p-10f);
-  q = fma(q, r, 0x1.3b270ep-7f);
-  q = fma(q, r, 0x1.c6ae72p-5f);
-  q = fma(q, r, 0x1.ebfbe2p-3f);
-  q = fma(q, r, 0x1.62e432p-1f);
+// 2^x, <= 2 ulp, for -127 <= x < 2^21: 0 below -126.5, infinity from 127.5 on, NaN where x is NaN.
+ZS_INLINE Floats exp2_from_127(Floats x) {
+  const float push = 12582912.0f + 127;  // as in WholePower; the argument is whole + r already
+  const Floats pushed = x + push;
+  const Floats r = x - (pushed - push);
+  Floats q = fma(r, 0x1.5bda7ap-10f, 0x1.3ce8bp-7f);
+  q = fma(q, r, 0x1.c6b6d8p-5f);
+  q = fma(q, r, 0x1.ebf9c2p-3f);
+  q = fma(q, r, 0x1.62e42ap-1f);
   q = fma(q, r, 1.0f);
-  return q * split.power;
+  return q * floats_of(bits_of(pushed) << 23);
 }
+// The same for any x < 2^21, -inf too.
+ZS_INLINE Floats exp2(Floats x) { return exp2_from_127(max(-127.0f, x)); }
 
 // e^x, <= 1.5 ulp. Results below 2^-125.5 (1.7e-38) are 0; infinity where the result exceeds the largest float.
 ZS_INLINE Floats exp(Floats x) {
