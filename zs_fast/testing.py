@@ -180,7 +180,7 @@ def byte_tokenizer(*, chat_template: bool = True) -> PreTrainedTokenizerFast:
 
 
 def tiny_model(
-    kind: Literal["llama", "qwen2"] = "llama",
+    kind: Literal["llama", "qwen2", "qwen3"] = "llama",
     *,
     seed: int = 0,
     dtype: str = "float32",
@@ -195,19 +195,20 @@ def tiny_model(
 ) -> LoadedModel:
     """A random causal model of a real architecture with the byte tokenizer, built in memory, in eval mode on the CPU.
 
-    Qwen2 has biases on its query, key and value projections, drawn at random too. `padded_rows` are vocabulary rows
-    beyond the tokenizer's, as many published models have.
+    Qwen2 has biases on its query, key and value projections, drawn at random too; Qwen3 has norms there. `padded_rows`
+    are vocabulary rows beyond the tokenizer's, as many published models have.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
     from zs_fast.models.attention import ATTENTION_NAME
     from zs_fast.models.load import DTYPES, LoadedModel
 
     tokenizer = tokenizer or byte_tokenizer()
     config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     }[kind]
     config = config_class(
         vocab_size=len(tokenizer) + padded_rows,
@@ -216,6 +217,7 @@ def tiny_model(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
+        head_dim=hidden_size // heads,
         max_position_embeddings=max_positions,
         tie_word_embeddings=tie_word_embeddings,
         bos_token_id=None,

@@ -7,6 +7,7 @@ may be added between any two steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from zs_fast.types import Completion, Role, Sampling
@@ -54,6 +55,23 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """Counts of one role since the engine was made."""
+
+    prefill_tokens: int = 0
+    """Prompt tokens computed, those computed again after an eviction or a weight update included (by vLLM: those
+    of finished requests, and no others)."""
+    decode_tokens: int = 0
+    """Tokens sampled."""
+    reused_tokens: int = 0
+    """Prompt tokens whose keys and values were still there."""
+    evictions: int = 0
+    """Kept contexts that lost their slot to a waiting request; vLLM evicts blocks, and counts none."""
+    steps: int = 0
+    """Forwards that the role had a part in."""
+
+
 class LocalEngine(Engine, Protocol):
     """An engine whose models are in this process, over the memory that the trainer updates."""
 
@@ -63,4 +81,8 @@ class LocalEngine(Engine, Protocol):
 
     def served(self, role: Role) -> Mapping[str, Any]:
         """The tensors that `role` is sampled with at this moment, by the names they have in `module(role)`."""
+        ...
+
+    def stats(self) -> dict[Role, EngineStats]:
+        """Counts per role since the engine was made."""
         ...

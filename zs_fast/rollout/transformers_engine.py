@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from zs_fast.errors import EngineError, PreflightError
 from zs_fast.models.load import LoadedModel
+from zs_fast.rollout.engine import EngineStats
 from zs_fast.rollout.fixed_blocks import FixedBlocks, round_up_rows
 from zs_fast.rollout.kv_slots import KvSlots, Piece, SlotAttention
 from zs_fast.rollout.sampler import sample_tokens
@@ -24,22 +24,6 @@ from zs_fast.rollout.scheduler import Request, Scheduler
 from zs_fast.rollout.stop import StopStrings, eos_token_ids
 from zs_fast.search.codec import Codec
 from zs_fast.types import Completion, FinishReason, Role, Sampling
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineStats:
-    """Counts of one role since the engine was made."""
-
-    prefill_tokens: int = 0
-    """Prompt tokens computed, those computed again after an eviction or a weight update included."""
-    decode_tokens: int = 0
-    """Tokens sampled."""
-    reused_tokens: int = 0
-    """Prompt tokens whose keys and values were still there."""
-    evictions: int = 0
-    """Kept contexts that lost their slot to a waiting request."""
-    steps: int = 0
-    """Forwards."""
 
 
 class TransformersEngine:

@@ -79,6 +79,9 @@ class Finished:
     logprobs: list[float]
     stopped: bool
     """By an end-of-sequence id or a stop string; else by length."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Of the prompt, those whose keys and values were still there."""
 
 
 @dataclass(slots=True)
@@ -271,8 +274,16 @@ class VllmCore:
             ids = list(result.token_ids)
             rows = result.logprobs or ()
             logprobs = [row[token].logprob for row, token in zip(rows, ids, strict=True)] if rows else []
-            stopped = result.finish_reason == "stop"
-            finished.append(Finished(key=output.request_id, token_ids=ids, logprobs=logprobs, stopped=stopped))
+            finished.append(
+                Finished(
+                    key=output.request_id,
+                    token_ids=ids,
+                    logprobs=logprobs,
+                    stopped=result.finish_reason == "stop",
+                    num_prompt_tokens=len(output.prompt_token_ids),
+                    num_cached_tokens=output.num_cached_tokens or 0,
+                )
+            )
         return finished
 
     def forget_kv(self) -> None:

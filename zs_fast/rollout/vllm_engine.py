@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from zs_fast.errors import EngineError, PreflightError
 from zs_fast.models.load import LoadedModel
+from zs_fast.rollout.engine import EngineStats
 from zs_fast.rollout.shared_weights import probe, served_tensors, share
 from zs_fast.rollout.stop import StopStrings, eos_token_ids
 from zs_fast.rollout.vllm_core import (
@@ -95,6 +96,8 @@ class VllmEngine:
         completions = []
         for served in self._served:
             if served.core.num_unfinished:
+                for role in served.roles:
+                    self._lanes[role].note_step()
                 for finished in served.core.step():
                     role = Role(finished.key.partition(":")[0])
                     completions.append(self._lanes[role].finish(finished))
@@ -130,6 +133,10 @@ class VllmEngine:
             served.core.close()
         self._lanes, self._served = {}, []
 
+    def stats(self) -> dict[Role, EngineStats]:
+        """Counts per role since the engine was made; the probe's are not among them."""
+        return {role: lane.stats() for role, lane in self._lanes.items()}
+
     def module(self, role: Role) -> PreTrainedModel:
         """The trainer's module for `role`; its parameters are vLLM's memory."""
         return self._lane(role).model
@@ -162,6 +169,7 @@ class _ServedModel:
     ) -> None:
         _check_model(loaded, roles, max_context_tokens)
         self.loaded = loaded
+        self.roles = tuple(roles)
         self.frozen = frozen
         self.version = 0
         parameter = next(loaded.model.parameters())
@@ -213,6 +221,7 @@ class _Lane:
         codec = Codec(loaded.tokenizer, chat_template=True)
         self._eos_ids = sorted(eos_token_ids(loaded, codec))
         self._stop_strings = StopStrings(codec)
+        self._counts = dict.fromkeys(("prefill_tokens", "decode_tokens", "reused_tokens", "steps"), 0)
 
     def add(self, request_id: int, prompt_ids: list[int], sampling: Sampling, version: int) -> None:
         self._check(request_id, prompt_ids, sampling)
@@ -228,7 +237,16 @@ class _Lane:
         )
         self.unfinished[request_id] = version
 
+    def note_step(self) -> None:
+        self._counts["steps"] += bool(self.unfinished)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(**self._counts)
+
     def finish(self, finished: Finished) -> Completion:
+        self._counts["reused_tokens"] += finished.num_cached_tokens
+        self._counts["prefill_tokens"] += finished.num_prompt_tokens - finished.num_cached_tokens
+        self._counts["decode_tokens"] += len(finished.token_ids)
         request_id = int(finished.key.partition(":")[2])
         return Completion(
             request_id=request_id,
