@@ -267,8 +267,10 @@ def _dense_rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
-def _block(columns: int, largest: int) -> tuple[int, int]:
-    """(columns of a block, warps): a static table, 32 or fewer columns to a thread."""
+def _block(columns: int, largest: int, flags: dict[str, Any]) -> tuple[int, int]:
+    """(columns of a block, warps): a static table, 32 or fewer columns to a thread, 16 where they are transformed."""
+    if flags["HAS_BIAS"] or flags["HAS_SOFTCAP"]:
+        largest //= 2
     block = max(128, min(largest, triton.next_power_of_2(columns)))
     return block, max(1, min(8, block // 512))
 
@@ -316,7 +318,7 @@ def _statistics_triton(
     squares = torch.empty(rows if sum_squares else 0, **made)
     if rows == 0:
         return Sweep(logprobs, logsumexp, entropies, squares)
-    block, warps = _block(vocabulary, largest_block if keep is None else KEEP_BLOCK)
+    block, warps = _block(vocabulary, largest_block if keep is None else KEEP_BLOCK, flags)
     blocks = triton.cdiv(vocabulary, block)
     flags["HAS_MASK"] = mask is not None
     mask = logits if mask is None else mask.contiguous()
@@ -372,10 +374,11 @@ def _gradient_triton(
     rows, vocabulary = logits.shape
     if rows == 0:
         return
-    target = _dense_rows(out) if out.stride(0) >= vocabulary or rows == 1 else torch.empty_like(logits)
+    apart = (out.stride(0) >= vocabulary or rows == 1) and (out.stride(1) == 1 or vocabulary == 1)
+    target = out if apart else out.contiguous()
     values, flags = _arguments(logits, inverse_temperature, bias, softcap, bias_first)
     has_entropy = grad_entropy is not None and entropy is not None
-    block, warps = _block(vocabulary, largest_block if keep is None else KEEP_BLOCK)
+    block, warps = _block(vocabulary, largest_block if keep is None else KEEP_BLOCK, flags)
     blocks = 1 if keep is not None else triton.cdiv(vocabulary, block)
     offsets, ids = (logits, logits) if keep is None else keep
     kernels.gradient_kernel[(rows * blocks,)](
@@ -420,7 +423,7 @@ def _partials_triton(
     if rows == 0:
         return partials
     values, flags = _arguments(logits, inverse_temperature, bias, softcap, bias_first)
-    block, warps = _block(vocabulary, largest_block)
+    block, warps = _block(vocabulary, largest_block, flags)
     kernels.partials_kernel[(rows,)](
         logits,
         logits.stride(0),

@@ -139,7 +139,7 @@ def test_shards_of_the_vocabulary_add_up(backend: str, transform: str, cuts: tup
     torch.testing.assert_close(torch.cat(grads, dim=1), full, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("where", ["over the logits", "wide rows", "transposed", "float32"])
+@pytest.mark.parametrize("where", ["over the logits", "wide rows", "transposed", "float32", "float32 transposed"])
 def test_where_the_gradient_goes(backend: str, where: str) -> None:
     logits, index, _ = case(4, 200, "bare", torch.bfloat16)
     sweep = sweep_statistics(logits, index, 1.0, entropy=True)
@@ -155,9 +155,9 @@ def test_where_the_gradient_goes(backend: str, where: str) -> None:
     elif where == "transposed":
         out = torch.empty(200, 4, dtype=torch.bfloat16).T
     else:
-        out = torch.empty(4, 200)
+        out = torch.empty(200, 4).T if "transposed" in where else torch.empty(4, 200)
     sweep_gradient(logits, index, g, h, sweep.logsumexp, sweep.entropy, 1.0, out=out)
-    if where == "float32":
+    if where.startswith("float32"):
         torch.testing.assert_close(out, expected.float(), rtol=2.0**-7, atol=1e-6)
         assert not torch.equal(out, expected.float()), "it was rounded to bfloat16 on the way"
     else:
