@@ -1,6 +1,7 @@
 """Builds the compiled parts with CMake. They are optional: without them every op runs its torch or Python reference.
 
 ZS_REQUIRE_EXT=1   a part that can't be built is an error instead of one line
+ZS_CUDA=0|1        never or always build the CUDA operators; otherwise where nvcc and a CUDA build of torch are
 MAX_JOBS=n         compiler processes at once
 
 `python3 setup.py build_ext --inplace` builds into the source tree, with no network and no virtual environment.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import site
 import subprocess
@@ -21,8 +23,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-TORCH_OPS = "zs_kernels._ops"
-"""Loaded through torch's dispatcher: no Python ABI, so its file name carries no version tag."""
+TORCH_OPS, CUDA_OPS = "zs_kernels._ops", "zs_kernels._ops_cuda"
+"""Loaded through torch's dispatcher: no Python ABI, so their file names carry no version tag."""
 
 
 def find_torch() -> Path | None:
@@ -34,6 +36,16 @@ def find_torch() -> Path | None:
     return next((f for f in folders if (f / "include/torch/csrc/stable/library.h").is_file()), None)
 
 
+def wants_cuda(torch: Path | None) -> bool:
+    """Whether the CUDA operators are to be built: as ZS_CUDA says, else where nvcc and a CUDA build of torch are."""
+    if (asked := os.environ.get("ZS_CUDA", "auto")) in ("0", "1"):
+        return asked == "1"
+    if torch is None or shutil.which("nvcc") is None:
+        return False
+    version = (torch / "version.py").read_text(encoding="utf-8")
+    return re.search(r"^cuda\b[^=]*= '", version, re.MULTILINE) is not None
+
+
 class CMakeBuild(build_ext):
     """Configures and builds once, then hands each extension the file that CMake made for it."""
 
@@ -41,11 +53,23 @@ class CMakeBuild(build_ext):
         self.built: set[str] = set()
         self.products = Path(self.build_temp).resolve() / "products"
         shutil.rmtree(self.products, ignore_errors=True)
+        self.cuda = wants_cuda(find_torch())
         try:
-            self.run_cmake()
+            self.run_cmake_or_without_cuda()
         except (OSError, subprocess.CalledProcessError) as error:
             self.give_up(self.extensions, reason(error))
         super().run()
+
+    def run_cmake_or_without_cuda(self) -> None:
+        """A CUDA part that does not compile takes no other part with it."""
+        try:
+            self.run_cmake()
+        except subprocess.CalledProcessError as error:
+            if not self.cuda:
+                raise
+            self.give_up([ext for ext in self.extensions if ext.name == CUDA_OPS], reason(error))
+            self.cuda = False
+            self.run_cmake()
 
     def run_cmake(self) -> None:
         torch = find_torch()
@@ -56,7 +80,7 @@ class CMakeBuild(build_ext):
             f"-DZS_PRODUCTS={self.products}", f"-DPython_EXECUTABLE={sys.executable}",
         ]  # fmt: skip
         if torch:
-            configure.append(f"-DZS_TORCH={torch}")
+            configure += [f"-DZS_TORCH={torch}", f"-DZS_CUDA={'ON' if self.cuda else 'OFF'}"]
         if importlib.util.find_spec("pybind11"):
             import pybind11
 
@@ -76,10 +100,9 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         if made is None:
             target.unlink(missing_ok=True)  # a file of an earlier build would pass for a part of this one
-            if self.products.is_dir():
-                self.give_up(
-                    [ext], "no torch >= 2.11 found" if ext.name == TORCH_OPS else "Python.h or pybind11 missing"
-                )
+            if self.products.is_dir() and (ext.name != CUDA_OPS or self.cuda):
+                from_torch = ext.name in (TORCH_OPS, CUDA_OPS)
+                self.give_up([ext], "no torch >= 2.11 found" if from_torch else "Python.h or pybind11 missing")
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(made, target)
@@ -96,7 +119,7 @@ class CMakeBuild(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         name: str = super().get_ext_filename(fullname)
-        is_torch_ops = fullname.rpartition(".")[2] == TORCH_OPS.rpartition(".")[2]
+        is_torch_ops = fullname.rpartition(".")[2] in (TORCH_OPS.rpartition(".")[2], CUDA_OPS.rpartition(".")[2])
         return name.replace(sysconfig.get_config_var("EXT_SUFFIX"), ".so") if is_torch_ops else name
 
     def give_up(self, extensions: list[Extension], why: str) -> None:
@@ -120,6 +143,6 @@ def reason(error: OSError | subprocess.CalledProcessError) -> str:
 
 
 setup(
-    ext_modules=[Extension("zs_fast._core", [], optional=True), Extension(TORCH_OPS, [], optional=True)],
+    ext_modules=[Extension(name, [], optional=True) for name in ("zs_fast._core", TORCH_OPS, CUDA_OPS)],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -67,3 +67,25 @@ def test_the_torch_library_loads(checkout):
     )
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert loaded.stdout.strip() == "0.5", loaded.stderr
+
+
+REGISTERED = "import torch; torch.ops.load_library({!r}); print(torch.ops.zs_native.policy_rows.default._schema.name)"
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
+def test_the_cuda_library_needs_neither_a_gpu_nor_a_cuda_build_of_torch(checkout):
+    done = build(checkout, ZS_CUDA="1")
+    library = checkout / "kernels" / "zs_kernels" / "_ops_cuda.so"
+    assert library.is_file(), done.stderr
+    script = REGISTERED.format(str(library))
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert loaded.stdout.strip() == "zs_native::policy_rows", loaded.stderr
+
+
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("c++")), reason="no cmake or C++ compiler here")
+def test_a_cuda_compiler_that_does_not_work_leaves_the_rest(checkout):
+    done = build(checkout, ZS_CUDA="1", CUDACXX="/bin/false")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "zs_fast" in line]
+    assert len(lines) == 1 and "_ops_cuda not built" in lines[0], done.stderr
+    assert (checkout / "kernels" / "zs_kernels" / "_ops.so").is_file()
