@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from zs_kernels._check import describe, require, require_floating, require_tensor
+from zs_kernels._linear_shards import Shards
 
 DEFAULT_WORKSPACE_BYTES = {"cpu": 320 << 20, "cuda": 5 << 29}
 """Most memory of one chunk's logits unless the caller says otherwise: on a CPU 1024 rows of a vocabulary of 152k in
@@ -125,13 +126,19 @@ def even_chunks(rows: int, most: int) -> list[slice]:
     return list(slices(rows, -(-rows // count))) if count else []
 
 
-def compacted(mask: Tensor | None, count: int) -> Tensor | None:
-    """Indices [count] of the rows to work on, or None for all; `count` -1 asks the device (a wait on a GPU)."""
+def compacted(op: str, mask: Tensor | None, count: int) -> Tensor | None:
+    """Indices [count] of the rows to work on, or None for all; `count` -1 asks the device (a wait on a GPU).
+
+    A given count is checked on a CPU; elsewhere it is believed.
+    """
     if mask is None:
         return None
-    if count < 0:
-        return mask.nonzero().squeeze(1)
-    return torch.nonzero_static(mask, size=count).squeeze(1)
+    if count >= 0 and mask.device.type != "cpu":
+        return torch.nonzero_static(mask, size=count).squeeze(1)
+    rows = mask.nonzero().squeeze(1)
+    if count >= 0 and rows.numel() != count:
+        require(False, op, "mask_count", f"{rows.numel()}, the number of True entries in 'mask'", count)
+    return rows
 
 
 def selected(tensor: Tensor, rows: Tensor | None) -> Tensor:
@@ -262,6 +269,11 @@ class HeadGradients:
         if self.wanted.lora_b and self.lora_b is not None:
             self.lora_b.add_(dlogits.T @ (hidden @ lora_a.T), alpha=scale)
 
+    def sum_over(self, shards: Shards) -> None:
+        """Add up over the processes what each has from its shard of the vocabulary alone."""
+        self.hidden = None if self.hidden is None else shards.total(self.hidden)
+        self.lora_a = None if self.lora_a is None else shards.total(self.lora_a)
+
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients of hidden, weight, bias, lora_a, lora_b, each in its own type; [0] for one not asked for."""
         head = self.head
@@ -297,12 +309,13 @@ def check_operands(
     size = hidden.shape[1]
     good = weight.dim() == 2 and weight.shape[1] == size and weight.shape[0] > 0
     good = good and weight.dtype == hidden.dtype and weight.device == hidden.device
-    wanted = f"of shape [V, {size}], {hidden.dtype}, on {hidden.device} like '{names[0]}'"
-    require(good, op, names[1], wanted, weight)
+    if not good:  # messages are made only when needed: writing sizes out would tie a compiled graph to them
+        wanted = f"of shape [V, {size}], {hidden.dtype}, on {hidden.device} like '{names[0]}'"
+        require(False, op, names[1], wanted, weight)
     if bias is not None:
         require_plain(op, "bias", bias)
         require_floating(op, "bias", bias, shape=(weight.shape[0],))
-        require(bias.device == hidden.device, op, "bias", f"on {hidden.device}", bias)
+        require(bias.device == hidden.device, op, "bias", "on the device of 'hidden'", bias)
 
 
 def check_lora(op: str, lora: Lora | None, hidden: Tensor, weight: Tensor) -> None:
@@ -315,28 +328,24 @@ def check_lora(op: str, lora: Lora | None, hidden: Tensor, weight: Tensor) -> No
     for argument, value in (("lora A", a), ("lora B", b)):
         require_plain(op, argument, value)
         good = value.dtype == weight.dtype and value.device == weight.device and value.dim() == 2
-        require(good, op, argument, f"a matrix of {weight.dtype} on {weight.device} like 'weight'", value)
-    require(a.shape[1] == hidden.shape[1], op, "lora A", f"of shape [r, {hidden.shape[1]}]", a)
-    wanted = (weight.shape[0], a.shape[0])
-    require(tuple(b.shape) == wanted, op, "lora B", f"of shape {list(wanted)}", b)
+        require(good, op, argument, "a matrix of the type and on the device of 'weight'", value)
+    if a.shape[1] != hidden.shape[1]:
+        require(False, op, "lora A", f"of shape [r, {hidden.shape[1]}]", a)
+    if tuple(b.shape) != (weight.shape[0], a.shape[0]):
+        require(False, op, "lora B", f"of shape {[weight.shape[0], a.shape[0]]}", b)
     require(isinstance(scale, int | float), op, "lora scale", "a number", scale)
 
 
-def check_mask_count(op: str, mask: Tensor | None, count: int | None) -> int:
-    """The number of True entries, -1 where only the device knows it; raise where the given one is wrong.
-
-    Counting is free on a CPU. On a GPU it would make the host wait, so there a given number is believed.
-    """
+def counted(op: str, mask: Tensor | None, count: int | None) -> int:
+    """The number of True entries as far as the host can know it without waiting, else -1."""
     if mask is None:
         require(count is None, op, "mask_count", "None without a mask", count)
         return -1
     if count is not None:
-        require(0 <= count <= mask.shape[0], op, "mask_count", f"between 0 and {mask.shape[0]}", count)
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return -1 if count is None else count
-    counted = int(mask.sum())
-    require(count is None or count == counted, op, "mask_count", f"the {counted} True entries of 'mask'", count)
-    return counted
+        if not 0 <= count <= mask.shape[0]:
+            require(False, op, "mask_count", f"between 0 and {mask.shape[0]}", count)
+        return count
+    return int(mask.sum()) if mask.device.type == "cpu" and not torch.compiler.is_compiling() else -1
 
 
 def autocast_operands(*operands: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -129,6 +129,5 @@ def backward_gradients(
         gradients.add(dlogits, hidden[here], here)
     del workspace, own  # before the weight's gradient changes its type
     if shards is not None:
-        gradients.hidden = None if gradients.hidden is None else shards.total(gradients.hidden)
-        gradients.lora_a = None if gradients.lora_a is None else shards.total(gradients.lora_a)
+        gradients.sum_over(shards)
     return gradients

@@ -46,3 +46,15 @@ class Shards:
         )
         require(len({count for *_, count in told}) == 1, op, "hidden", "the same rows in every process", rows)
         return ends[-1]
+
+
+def whole_vocabulary(op: str, group: str, start: int, weight: Tensor, rows: int) -> int:
+    """The limit for index values: V, of all shards together where there are some.
+
+    On a CPU the processes agree on it and check each other; elsewhere nothing is known.
+    """
+    if not group:
+        return weight.shape[0]
+    if weight.device.type != "cpu":
+        return 1 << 62
+    return Shards(group).vocabulary(op, start, weight.shape[0], rows)

@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 
 from zs_kernels import _linear, _linear_liger
-from zs_kernels._check import require, require_index, require_mask, require_positive
+from zs_kernels._check import require, require_index, require_integers, require_mask, require_positive
 from zs_kernels._device import backend_of
 from zs_kernels._linear import Head, Lora, Wanted
 from zs_kernels._linear_passes import backward_gradients, forward_statistics, pack_rows, rows_with_gradient
-from zs_kernels._linear_shards import Shards, group_name
+from zs_kernels._linear_shards import Shards, group_name, whole_vocabulary
 from zs_kernels._linear_tiles import tile_statistics
 from zs_kernels.token_logprobs import TokenLogprobs, token_logprobs
 
+OP = "linear_logprobs"
 HeadBackend = Literal["auto", "gemm", "triton", "liger"]
 FEW_ROWS = 256
 """Where the workspace holds fewer rows, a GPU's matrix products lose more than the fused Triton forward pass does."""
@@ -101,8 +102,10 @@ def _forward(
     total, device = hidden.shape[0], hidden.device
     head = Head(weight, bias, softcap or None, exact, lora_a, lora_b, lora_scale)
     kept_rows = _kept_rows(total, head, mask, mask_count, kept_bytes)
+    limit = whole_vocabulary(OP, group, vocabulary_start, weight, total)
+    require_index(OP, "index", index, (total,), limit, device=device, mask=mask)
     with _linear.without_autocast(device):
-        rows = _linear.compacted(mask, mask_count)
+        rows = _linear.compacted(OP, mask, mask_count)
         states, targets = _linear.selected(hidden, rows), _linear.selected(index, rows)
         inverse = _linear.inverse_temperature(temperature, row_temperature, rows)
         kept = hidden.new_empty(kept_rows, head.vocabulary, dtype=head.logits_dtype)
@@ -208,7 +211,7 @@ def _backward(
             scale = grad_logprobs if mask is None else torch.where(mask, grad_logprobs, 0.0)
             nothing = (hidden.new_empty(0) for _ in range(4))
             return ((unit * scale[:, None]).to(hidden.dtype), *nothing)
-        rows = _linear.compacted(mask, mask_count)
+        rows = _linear.compacted(OP, mask, mask_count)
         slots = [_linear.selected(grad_logprobs, rows)]
         if grad_entropy is not None:
             slots.append(_linear.selected(grad_entropy, rows))
@@ -375,24 +378,19 @@ def linear_logprobs(
     autocast, hidden, weight, bias and lora are cast as a linear layer's are.
     Raises ValueError, TypeError or IndexError that names the argument.
     """
-    op = "linear_logprobs"
-    _linear.check_operands(op, hidden, weight, bias)
-    _linear.check_lora(op, lora, hidden, weight)
-    rows, vocabulary = hidden.shape[0], weight.shape[0]
-    require_mask(op, "mask", mask, (rows,), hidden.device)
-    group = group_name(op, process_group)
-    require(bool(group) or vocabulary_start == 0, op, "vocabulary_start", "0 without process_group", vocabulary_start)
-    if group and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-        vocabulary = Shards(group).vocabulary(op, vocabulary_start, vocabulary, rows)
-    if group and hidden.device.type != "cpu":
-        vocabulary = 1 << 62  # this process alone cannot know it
-    require_index(op, "index", index, (rows,), vocabulary, device=hidden.device, mask=mask)
-    require_positive(op, "temperature", temperature, (rows,))
+    _linear.check_operands(OP, hidden, weight, bias)
+    _linear.check_lora(OP, lora, hidden, weight)
+    rows = hidden.shape[0]
+    require_mask(OP, "mask", mask, (rows,), hidden.device)
+    group = group_name(OP, process_group)
+    require(bool(group) or vocabulary_start == 0, OP, "vocabulary_start", "0 without process_group", vocabulary_start)
+    require_integers(OP, "index", index, (rows,), device=hidden.device)
+    require_positive(OP, "temperature", temperature, (rows,))
     for name, value in (("softcap", softcap), ("workspace_bytes", workspace_bytes)):
         if value is not None:
-            require_positive(op, name, value)
-    require(logits_bytes is None or logits_bytes >= 0, op, "logits_bytes", "None or at least 0", logits_bytes)
-    mask_count = _linear.check_mask_count(op, mask, mask_count)
+            require_positive(OP, name, value)
+    require(logits_bytes is None or logits_bytes >= 0, OP, "logits_bytes", "None or at least 0", logits_bytes)
+    mask_count = _linear.counted(OP, mask, mask_count)
 
     a, b, scale = (None, None, 1.0) if lora is None else lora
     hidden, weight, bias, a, b = _linear.autocast_operands(hidden, weight, bias, a, b)
@@ -401,7 +399,7 @@ def linear_logprobs(
     most = _linear.most_rows(Head(weight, exact=exact).row_bytes, workspace_bytes, hidden.device)
     simple = not (group or lora is not None or batch_invariant)
     plain = simple and not (bias is not None or softcap or exact or by_row or sum_squares)
-    backend = _chosen_backend(op, head_backend, hidden, weight, plain, simple, most)
+    backend = _chosen_backend(OP, head_backend, hidden, weight, plain, simple, most)
     if backend == "liger":
         return _by_liger(hidden, weight, index, temperature, mask, mask_count, entropy)
     trained = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias, a, b)]
@@ -449,7 +447,7 @@ def _by_liger(
     mask_count: int,
     entropy: bool,
 ) -> TokenLogprobs:
-    rows = _linear.compacted(mask, mask_count)
+    rows = _linear.compacted(OP, mask, mask_count)
     states, targets = _linear.selected(hidden, rows), _linear.selected(index.long(), rows)
     logprobs, entropies = _linear_liger.logprobs_and_entropy(states, weight, targets, temperature, entropy)
     if rows is not None:
