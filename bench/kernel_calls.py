@@ -15,6 +15,18 @@ import torch
 from torch import Tensor
 
 import zs_kernels
+from zs_kernels import (
+    _gae_triton,
+    _group_advantages_triton,
+    _linear_tiles,
+    _policy_backends,
+    _policy_epilogue,
+)
+from zs_kernels import _sweeps as sweeps
+from zs_kernels._policy_terms import PolicyLossSettings
+from zs_kernels.group_advantages import MODES
+from zs_kernels.kl_estimates import _kl_estimates_triton
+from zs_kernels.value_loss import _value_terms_triton
 
 Call = Callable[[int], Any]
 
@@ -29,7 +41,160 @@ def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-CALLS: dict[str, Call] = {}
+def logits(rows: int, dtype: torch.dtype = torch.bfloat16, columns: int = V) -> Tensor:
+    """[rows, columns]"""
+    return made(rows, columns, dtype=dtype)
+
+
+def tokens(rows: int) -> Tensor:
+    """[rows] int64"""
+    return made(rows, dtype=torch.int64)
+
+
+def mask_of(rows: int) -> Tensor:
+    """[rows] bool"""
+    return made(rows, dtype=torch.bool)
+
+
+def keep_sets(rows: int) -> tuple[Tensor, Tensor]:
+    """(offsets, ids) of 50 tokens a row."""
+    return tokens(rows + 1), tokens(50 * rows)
+
+
+def statistics(rows: int, dtype: torch.dtype = torch.bfloat16, **more: Any) -> Any:
+    """One sweep over the logits."""
+    more = {"inverse_temperature": 1.0, "entropy": True} | more
+    return sweeps.sweep_statistics(logits(rows, dtype), tokens(rows), **more)
+
+
+def gradient(rows: int, dtype: torch.dtype = torch.bfloat16, *, entropy: bool = True, **more: Any) -> None:
+    """The backward sweep, out of place unless `out` says otherwise."""
+    given = logits(rows, dtype)
+    slope, entropies = (made(rows), made(rows)) if entropy else (None, None)
+    more = {"inverse_temperature": 1.0, "out": logits(rows)} | more
+    sweeps.sweep_gradient(given, tokens(rows), made(rows), slope, made(rows), entropies, **more)
+
+
+def extras(rows: int) -> dict[str, Any]:
+    """Everything that a row of logits can be transformed by."""
+    return {"inverse_temperature": made(rows), "bias": made(V), "softcap": 30.0, "mask": mask_of(rows)}
+
+
+def policy(rows: int, settings: PolicyLossSettings, *, more: bool = True, **options: Any) -> Any:
+    """The per-token loss; more: with reference, entropy, importance weights and mask."""
+    columns = [made(rows), made(rows), made(rows)] if more else [None, None, None]
+    mask = mask_of(rows) if more else None
+    terms = [made(rows) for _ in range(4)]
+    return _policy_backends._policy_terms_triton(*terms, *columns, mask, settings, **options)
+
+
+def epilogue(rows: int, settings: PolicyLossSettings, *, more: bool, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The fused head loss's pass over a chunk of logits; more: with everything a token or a row can have."""
+    given = logits(rows, dtype)
+    out = given if dtype == torch.bfloat16 else logits(rows)
+    inverse, bias, softcap = (made(rows), made(V), 30.0) if more else (1.0, None, None)
+    columns = [made(rows) for _ in range(5)] if more else [made(rows), made(rows), made(rows), None, None]
+    scale = made(1).squeeze(0) if more else None
+    return _policy_epilogue._policy_epilogue_triton(
+        given, out, tokens(rows), inverse, bias, softcap, *columns, scale, settings
+    )
+
+
+def tiles(rows: int, hidden_size: int, *, more: bool = False) -> Any:
+    """The head's statistics without logits."""
+    hidden, weight = made(rows, hidden_size, dtype=torch.bfloat16), made(V, hidden_size, dtype=torch.bfloat16)
+    inverse, bias, softcap = (made(rows), made(V), 30.0) if more else (1.0, None, None)
+    return _linear_tiles._tile_partials_triton(hidden, weight, tokens(rows), inverse, bias, softcap)
+
+
+def advantages(
+    rows: int, mode: str, *, length: int = 4096, sequences: int = 1024, more: bool = False, statistics: bool = True
+) -> Any:
+    """GAE of packed sequences; more: numbers of their own for each sequence."""
+    columns = [made(sequences) for _ in range(3)] if more else [None, None, None]
+    count = sequences * length
+    return _gae_triton._gae_triton(
+        made(count), made(count), mask_of(count), tokens(sequences + 1), *columns, 0.99, 0.95, mode, length,
+        statistics=statistics,
+    )  # fmt: skip
+
+
+def whitened(count: int, *, merge: bool) -> None:
+    """Advantages with mean 0 and variance 1."""
+    moments = made(1024, 3) if merge else None
+    _gae_triton._whiten_triton(
+        made(count), mask_of(count), made(3, dtype=torch.float64), made(count), moments=moments, ddof=1, eps=1e-8,
+        shift_mean=True,
+    )  # fmt: skip
+
+
+def groups(sequences: int, mode: str, *, per_token: bool = False, spread: bool = True) -> Any:
+    """Group advantages; spread: over the tokens."""
+    number = MODES.index(mode)
+    count = 2048 * sequences
+    bounds, mask = (tokens(sequences + 1), mask_of(count)) if spread else (None, None)
+    return _group_advantages_triton._group_advantages_triton(
+        made(count if per_token else sequences), tokens(sequences), sequences // 5, number, mask_of(sequences), 1e-6, 1,
+        False, mask, bounds, count, per_token,
+    )  # fmt: skip
+
+
+def values(rows: int, *, clip: bool) -> Any:
+    """The value loss."""
+    old, bound, mask = (made(rows), 0.2, mask_of(rows)) if clip else (None, None, None)
+    return _value_terms_triton(made(rows), old, made(rows), made(rows), mask, bound)
+
+
+def kl(rows: int, estimator: str, clamp: str = "none") -> Any:
+    """KL estimates of tokens with their derivatives."""
+    return _kl_estimates_triton(made(rows), made(rows), mask_of(rows), estimator, clamp, True, True)
+
+
+PPO = PolicyLossSettings(kl_coefficient=0.001, entropy_coefficient=0.01, dual_clip=3.0)
+BARE = PolicyLossSettings()
+
+CALLS: dict[str, Call] = {
+    "log-probs": lambda rows: statistics(rows, entropy=False),
+    "log-probs, entropy": statistics,
+    "log-probs, entropy, sum of squares, float32": lambda rows: statistics(rows, torch.float32, sum_squares=True),
+    "log-probs of transformed logits": lambda rows: statistics(rows, **extras(rows)),
+    "log-probs of few rows": lambda rows: statistics(rows // 128),
+    "log-probs within keep sets": lambda rows: statistics(rows, keep=keep_sets(rows)),
+    "gradient of log-probs": lambda rows: gradient(rows, entropy=False),
+    "gradient with entropy": gradient,
+    "gradient of float32 logits into bfloat16": lambda rows: gradient(rows, torch.float32),
+    "gradient of transformed logits": lambda rows: gradient(rows, **extras(rows)),
+    "gradient within keep sets": lambda rows: gradient(rows, keep=keep_sets(rows)),
+    "vocabulary shard": lambda rows: sweeps.sweep_partials(logits(rows, columns=V // 4), tokens(rows), 1.0),
+    "fused head loss, PPO": lambda rows: epilogue(rows, BARE, more=False),
+    "fused head loss, exact": lambda rows: epilogue(rows, BARE, more=False, dtype=torch.float32),
+    "fused head loss, everything": lambda rows: epilogue(rows, PPO, more=True),
+    "fused head loss, CISPO": lambda rows: epilogue(rows, PolicyLossSettings(form="cispo"), more=False),
+    "fused head loss, scaled": lambda rows: _policy_epilogue._scale_triton(made(V, 512), made(1)),
+    "head tiles, hidden 2048": lambda rows: tiles(rows, 2048),
+    "head tiles, hidden 896, transformed": lambda rows: tiles(rows, 896, more=True),
+    "PPO, bare": lambda rows: policy(rows, BARE, more=False, write_loss=False),
+    "PPO with everything": lambda rows: policy(rows, PPO),
+    "CISPO": lambda rows: policy(rows, PolicyLossSettings(form="cispo")),
+    "REINFORCE": lambda rows: policy(rows, PolicyLossSettings(form="reinforce"), more=False),
+    "GSPO's ratios": lambda rows: _policy_backends._sequence_log_ratios_triton(
+        made(rows), made(rows), mask_of(rows), tokens(65)
+    ),
+    "GSPO": lambda rows: policy(rows, PolicyLossSettings(form="gspo"), given_ratios=True),
+    "value loss": lambda rows: values(rows, clip=False),
+    "value loss, clipped": lambda rows: values(rows, clip=True),
+    "k1": lambda rows: kl(rows, "k1"),
+    "k3, straight through, clamped": lambda rows: kl(rows, "k3+", "verl"),
+    "GAE, carried": lambda rows: advantages(rows, "carry"),
+    "GAE, classic, numbers by sequence": lambda rows: advantages(rows, "classic", more=True, statistics=False),
+    "GAE, few long sequences": lambda rows: advantages(rows, "carry", length=1 << 17, sequences=8),
+    "GAE statistics": lambda rows: _gae_triton._statistics_triton(made(1024, 3)),
+    "GAE whitened": lambda rows: whitened(1 << 22, merge=True),
+    "GAE whitened with given statistics": lambda rows: whitened(1 << 22, merge=False),
+    "GRPO over tokens": lambda rows: groups(1280, "grpo"),
+    "RLOO of trajectories": lambda rows: groups(1280, "rloo", spread=False),
+    "REINFORCE++ from token rewards": lambda rows: groups(1280, "reinforce++", per_token=True),
+}
 
 
 def jit_functions() -> set[Any]:

@@ -35,6 +35,7 @@ def compile_all(architectures: tuple[int, ...], calls: dict[str, Any] | None = N
     """Every call of the table, compiled for each architecture."""
     import torch
     import triton
+    from triton.compiler.errors import CompilationError
 
     from bench import ahead_of_time, kernel_calls
 
@@ -47,7 +48,10 @@ def compile_all(architectures: tuple[int, ...], calls: dict[str, Any] | None = N
             launches = []
             for rows in ROWS:
                 with ahead_of_time.compile_only(capability) as seen:
-                    call(rows)
+                    try:
+                        call(rows)
+                    except CompilationError as error:
+                        report.problems.append(f"{what}: does not compile for sm_{capability}: {_last_lines(error)}")
                 launches += seen
             if not launches:
                 report.problems.append(f"{what}: the call launches no kernel")
@@ -81,6 +85,10 @@ def _add(found: dict[tuple[str, ...], dict[str, Any]], launch: Any, capability: 
         problems.append(f"{where}: {used.spilled_bytes} bytes of a thread's registers are spilled to memory")
     if used.shared_bytes > ahead_of_time.SHARED_MEMORY_LIMIT[capability]:
         problems.append(f"{where}: {used.shared_bytes} bytes of shared memory are more than a block has")
+
+
+def _last_lines(error: Exception) -> str:
+    return " / ".join(line.strip() for line in str(error).strip().splitlines()[-4:])
 
 
 def _short(value: object) -> str:
