@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from itertools import pairwise
 
 import torch
@@ -11,12 +9,6 @@ from torch import Tensor
 
 from zs_kernels._check import require, require_tensor
 from zs_kernels.token_logprobs import TokenLogprobs, token_logprobs
-
-
-@functools.cache
-def installed(package: str) -> bool:
-    """Whether a top-level package can be imported; it is not imported."""
-    return importlib.util.find_spec(package) is not None
 
 
 def boolean(op: str, argument: str, mask: Tensor) -> Tensor:

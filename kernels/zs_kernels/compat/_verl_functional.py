@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
@@ -10,17 +11,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zs_kernels._check import require, require_tensor
-from zs_kernels.compat._rows import boolean, installed, shaped_logprobs
+from zs_kernels.compat._rows import boolean, shaped_logprobs
 from zs_kernels.linear_logprobs import linear_logprobs
 from zs_kernels.reductions import masked_whiten as whiten
 
+FLASH_ATTENTION = importlib.util.find_spec("flash_attn") is not None
 Axis = int | tuple[int, ...] | None
 
 
 def _flash_cross_entropy(logits: Tensor) -> bool:
     """Whether verl would take flash-attn's cross-entropy: float32 results, logits overwritten by the backward pass."""
-    wanted = os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1"
-    return wanted and installed("flash_attn") and logits.is_cuda and logits.dtype != torch.float64
+    if not FLASH_ATTENTION or not logits.is_cuda or logits.dtype == torch.float64:
+        return False
+    return os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1"
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:

@@ -13,6 +13,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from zs_kernels.compat import verl as ours
 from zs_kernels.testing import assert_no_worse_than_torch, seeded
@@ -555,3 +556,17 @@ def test_advantage_arguments_are_checked():
         ours.compute_grpo_outcome_advantage(rewards, rewards, np.array([0, 1, 2]))
     with pytest.raises(ValueError, match="'response_mask' must be zeros and ones"):
         ours.compute_gae_advantage_return(rewards, rewards, rewards * 0.5, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["entropy_from_logits", "logprobs_from_logits"])
+def test_ours_compile_as_verl_compiles_them(verl, name):
+    """verl's engines wrap the entropy in torch.compile(dynamic=True): one graph for all lengths, inside a patch too."""
+    counter = CompileCounter()
+    with ours.patch() as patched:
+        compiled = torch.compile(getattr(verl.functional, name), backend=counter, dynamic=True, fullgraph=True)
+        for length in range(3, 13):
+            logits, labels = seeded(length, 33, seed=length), torch.arange(length)
+            arguments = (logits,) if name == "entropy_from_logits" else (logits, labels)
+            close(compiled(*arguments), getattr(ours, name)(*arguments))
+    assert counter.frame_count == 1
+    assert not patched.calls[name]
