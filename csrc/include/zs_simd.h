@@ -244,11 +244,15 @@ ZS_INLINE Floats fma(Floats a, Floats b, Floats c) {
 
 // --- rounding to and from 16 bits ---
 
-// The upper 16 bits of each lane hold the nearest bfloat16 (ties to even, NaN stays NaN); the lower ones hold anything.
-ZS_INLINE Uints round_to_bf16(Floats x) {
+// The upper 16 bits of each lane hold the nearest bfloat16 (ties to even); the lower ones hold anything. A NaN stays one
+// if it came from a bfloat16 or out of arithmetic; one with all bits set, as in memory never written, would become 0.
+ZS_INLINE Uints round_number_to_bf16(Floats x) {
   const Uints u = bits_of(x);
-  const Uints rounded = u + 0x7fffu + ((u >> 16) & 1u);
-  return select_bits(unordered(x), u | 0x00400000u, rounded);
+  return u + 0x7fffu + ((u >> 16) & 1u);
+}
+// The same for every NaN.
+ZS_INLINE Uints round_to_bf16(Floats x) {
+  return select_bits(unordered(x), bits_of(x) | 0x00400000u, round_number_to_bf16(x));
 }
 
 // One part at a time: a struct copied as a whole would live in memory instead of registers.

@@ -16,6 +16,17 @@ constexpr double kExponentLimit = 1e6;   // up to here exponents are exact in fl
 constexpr float kOutgrown = 0x1p50f;     // a block's sum above this asks for another power of two
 constexpr double kLn2 = 0.6931471805599453094;
 
+// Up to 16, most often 16.
+template <class T>
+ZS_INLINE Floats load_some(const T* from, int64_t count, float fill) {
+  return count >= kLanes ? load(from) : load(from, count, fill);
+}
+template <class T>
+ZS_INLINE void store_some(T* to, Floats x, int64_t count) {
+  if (count >= kLanes) store(to, x);
+  else store(to, x, count);
+}
+
 // 32 logits as two vectors, in the order that costs least: bfloat16 by even and odd places, others by halves.
 ZS_INLINE void load_pair(const float* from, Floats& a, Floats& b) {
   a = load(from);
@@ -33,7 +44,7 @@ ZS_INLINE void load_pair(const Bf16* from, Floats& a, Floats& b) {
 }
 // The same way back, which exists where in and out are of one type.
 ZS_INLINE void store_pair(Bf16* to, Floats a, Floats b) {
-  const Uints both = (round_to_bf16(a) >> 16) | (round_to_bf16(b) & 0xffff0000u);
+  const Uints both = (round_number_to_bf16(a) >> 16) | (round_number_to_bf16(b) & 0xffff0000u);
   ZS_PARTS std::memcpy(to + 2 * p * kPartLanes, &both.part[p], sizeof(UintPart));
 }
 
@@ -46,33 +57,44 @@ struct Transform {
 
   bool idle() const { return !bias && softcap == 0.0f && offset == 0.0f; }
 
-  ZS_INLINE Floats apply(Floats x, Floats bias_here, Floats* slope) const {
-    if (bias_first) x += bias_here;
-    if (softcap != 0.0f) {
-      const Floats t = tanh(x / softcap);
-      *slope = Floats(1.0f) - t * t;
-      x = select(x == kNothing, kNothing, t * softcap);
+  struct Both {
+    Floats z, slope;  // and the softcap's derivative
+  };
+  template <bool kSoftcap>
+  ZS_INLINE Both apply(Floats x, Floats bias_here) const {
+    Both made{x, 1.0f};
+    if (bias_first) made.z += bias_here;
+    if constexpr (kSoftcap) {
+      const Floats t = tanh(made.z * (1.0f / softcap));
+      made.slope = Floats(1.0f) - t * t;
+      made.z = select(made.z == kNothing, kNothing, t * softcap);
     }
-    if (!bias_first) x += bias_here;
-    return x - offset;
+    if (!bias_first) made.z += bias_here;
+    made.z -= offset;
+    return made;
   }
-  // One block that starts `begin` logits into the row; `slopes` gets the softcap's derivative.
+  // One block that starts `begin` logits into the row; `slopes` may be null.
+  template <bool kSoftcap, class T>
+  void block_as(const T* logits, int64_t begin, int64_t count, float* z, float* slopes) const {
+    const Transform here = *this;  // a copy that no store through `z` can change
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Floats bias_here = here.bias ? load_some(here.bias + begin + i, count - i, 0.0f) : Floats(0.0f);
+      const Both made = here.apply<kSoftcap>(load_some(logits + begin + i, count - i, kNothing), bias_here);
+      store_some(z + i, made.z, count - i);
+      if (slopes) store_some(slopes + i, made.slope, count - i);
+    }
+  }
   template <class T>
   void block(const T* logits, int64_t begin, int64_t count, float* z, float* slopes) const {
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const int64_t n = count - i < kLanes ? count - i : kLanes;
-      Floats slope = 1.0f;
-      const Floats bias_here = bias ? load(bias + begin + i, n, 0.0f) : Floats(0.0f);
-      store(z + i, apply(load(logits + begin + i, n, kNothing), bias_here, &slope), n);
-      if (slopes) store(slopes + i, slope, n);
-    }
+    if (softcap != 0.0f) block_as<true>(logits, begin, count, z, slopes);
+    else block_as<false>(logits, begin, count, z, slopes);
   }
   template <class T>
   float one(const T* logits, int64_t i, float* slope) const {
-    Floats slopes = 1.0f;
-    const Floats z = apply(load_one(logits + i), bias ? bias[i] : 0.0f, &slopes);
-    *slope = slopes.part[0][0];
-    return z.part[0][0];
+    const Floats x = load_one(logits + i), bias_here = bias ? bias[i] : 0.0f;
+    const Both made = softcap != 0.0f ? apply<true>(x, bias_here) : apply<false>(x, bias_here);
+    *slope = made.slope.part[0][0];
+    return made.z.part[0][0];
   }
 };
 
@@ -124,7 +146,7 @@ float block_max(const T* z, int64_t count) {
     a = max(x, a);  // a NaN is passed over here; the sums keep it
     b = max(y, b);
   }
-  for (; i < count; i += kLanes) a = max(load(z + i, count - i < kLanes ? count - i : kLanes, kNothing), a);
+  for (; i < count; i += kLanes) a = max(load_some(z + i, count - i, kNothing), a);
   return max_lane(max(a, b));
 }
 
@@ -199,9 +221,8 @@ struct Sums {
       step(x, y);
     }
     if (i < count) {
-      const int64_t left = count - i, lower = left < kLanes ? left : kLanes;
-      const Floats y = left > kLanes ? load(z + i + kLanes, left - kLanes, kNothing) : Floats(kNothing);
-      step(load(z + i, lower, kNothing), y);
+      const int64_t above = count - i - kLanes;
+      step(load_some(z + i, count - i, kNothing), above > 0 ? load(z + i + kLanes, above, kNothing) : Floats(kNothing));
     }
     s_out = s0 + s1;
     t_out = t0 + t1;
@@ -349,11 +370,7 @@ struct RowGradient {
         store_pair(out + i, of<kEntropy>(x), of<kEntropy>(y));
       }
     }
-    for (; i + kLanes <= count; i += kLanes) store(out + i, of<kEntropy>(load(z + i)));
-    if (i < count) {
-      const int64_t n = count - i < kLanes ? count - i : kLanes;
-      store(out + i, of<kEntropy>(load(z + i, n, kNothing)), n);
-    }
+    for (; i < count; i += kLanes) store_some(out + i, of<kEntropy>(load_some(z + i, count - i, kNothing)), count - i);
   }
 };
 
@@ -385,6 +402,11 @@ void backward_row(const LogitRows& rows, const RowGradients& grads, int64_t n) {
                                       static_cast<float>(-inverse_temperature * (g + h * (entropy + logp_center))),
                                       static_cast<float>(-inverse_temperature * h * inverse_temperature)};
 
+  if (std::isnan(factor) || std::isnan(gradient.at_center)) {
+    for (int64_t i = 0; i < rows.vocabulary; ++i) store_one(out + i, NAN);
+    return;
+  }
+
   const int64_t chosen = rows.index[n];
   const bool here = chosen >= 0 && chosen < rows.vocabulary;
   float slope = 0.0f;
@@ -407,8 +429,8 @@ void backward_row(const LogitRows& rows, const RowGradients& grads, int64_t n) {
     if (h == 0.0) gradient.template block<false>(z, z, count);
     else gradient.template block<true>(z, z, count);
     for (int64_t i = 0; i < count; i += kLanes) {
-      const int64_t lanes = count - i < kLanes ? count - i : kLanes;
-      store(out + begin + i, load(z + i, lanes, 0.0f) * load(slopes + i, lanes, 0.0f), lanes);
+      const Floats slope_here = load_some(slopes + i, count - i, 0.0f);
+      store_some(out + begin + i, load_some(z + i, count - i, 0.0f) * slope_here, count - i);
     }
   }
   if (here) store_one(out + chosen, static_cast<float>(chosen_gradient));
