@@ -15,17 +15,14 @@ has checked the arguments.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from zs_kernels import _sweep_kernels as kernels
+from zs_kernels import _sweeps_triton
 from zs_kernels._device import backend_of
-from zs_kernels._triton import triton
-
-FEW_ROWS = 264
-"""Two programs for each of 132 multiprocessors: below that, one program per row leaves a GPU idle."""
+from zs_kernels._sweeps_triton import apart
 
 
 class Sweep(NamedTuple):
@@ -67,9 +64,11 @@ def sweep_statistics(
     backend = backend_of(logits)
     given = (logits, index, inverse_temperature, bias, softcap, mask)
     if backend == "triton":
-        return _statistics_triton(*given, entropy, sum_squares, bias_first, keep)
+        return Sweep(*_sweeps_triton.statistics_triton(*given, entropy, sum_squares, bias_first, keep))
     if keep is not None:
         raise NotImplementedError("sweep_statistics: argument 'keep' is for the triton backend")
+    if backend == "native":
+        return _statistics_native(*given, entropy, sum_squares, bias_first)
     return _statistics_reference(*given, entropy, sum_squares, bias_first)
 
 
@@ -98,9 +97,11 @@ def sweep_gradient(
     backend = backend_of(logits)
     given = (logits, index, grad_logprobs, grad_entropy, logsumexp, entropy, inverse_temperature, bias, softcap, mask)
     if backend == "triton":
-        return _gradient_triton(*given, out, bias_first, keep)
+        return _sweeps_triton.gradient_triton(*given, out, bias_first, keep)
     if keep is not None:
         raise NotImplementedError("sweep_gradient: argument 'keep' is for the triton backend")
+    if backend == "native":
+        return _gradient_native(*given, out, bias_first)
     return _gradient_reference(*given, out, bias_first)
 
 
@@ -118,7 +119,9 @@ def sweep_partials(
     backend = backend_of(logits)
     given = (logits, index, inverse_temperature, bias, softcap, bias_first)
     if backend == "triton":
-        return _partials_triton(*given)
+        return _sweeps_triton.partials_triton(*given)
+    if backend == "native":
+        return _partials_native(*given)
     return _partials_reference(*given)
 
 
@@ -263,39 +266,13 @@ def _partials_reference(
     return torch.stack([top, e.sum(dim=1), weighted, e.square().sum(dim=1), _chosen(z, index, 0.0)], dim=1)
 
 
-def _dense_rows(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+def _each_row(inverse_temperature: float | Tensor, rows: int) -> Tensor:
+    if isinstance(inverse_temperature, Tensor):
+        return inverse_temperature.float()
+    return torch.full((rows,), inverse_temperature, dtype=torch.float32)
 
 
-def _block(columns: int, largest: int, flags: dict[str, Any]) -> tuple[int, int]:
-    """(columns of a block, warps): a static table, 32 or fewer columns to a thread, 16 where they are transformed."""
-    if flags["HAS_BIAS"] or flags["HAS_SOFTCAP"]:
-        largest //= 2
-    block = max(128, min(largest, triton.next_power_of_2(columns)))
-    return block, max(1, min(8, block // 512))
-
-
-STATISTICS_BLOCK = 8192
-GRADIENT_BLOCK = 4096
-KEEP_BLOCK = 1024
-
-
-def _arguments(
-    logits: Tensor, inverse_temperature: float | Tensor, bias: Tensor | None, softcap: float | None, bias_first: bool
-) -> tuple[list[Any], dict[str, Any]]:
-    """What every kernel takes: temperatures, bias and softcap, and the flags that say which of them count."""
-    per_row = isinstance(inverse_temperature, Tensor)
-    values = [
-        inverse_temperature.float().contiguous() if per_row else logits,
-        1.0 if per_row else float(inverse_temperature),
-        logits if bias is None else bias.contiguous(),
-        float(softcap or 1.0),
-    ]
-    flags = {"PER_ROW": per_row, "HAS_BIAS": bias is not None, "HAS_SOFTCAP": bool(softcap), "BIAS_FIRST": bias_first}
-    return values, flags
-
-
-def _statistics_triton(
+def _statistics_native(
     logits: Tensor,
     index: Tensor,
     inverse_temperature: float | Tensor,
@@ -305,56 +282,13 @@ def _statistics_triton(
     entropy: bool,
     sum_squares: bool,
     bias_first: bool,
-    keep: tuple[Tensor, Tensor] | None = None,
-    largest_block: int = STATISTICS_BLOCK,
-    few_rows: int = FEW_ROWS,
 ) -> Sweep:
-    logits, index = _dense_rows(logits), index.contiguous()
-    rows, vocabulary = logits.shape
-    values, flags = _arguments(logits, inverse_temperature, bias, softcap, bias_first)
-    made = {"dtype": torch.float32, "device": logits.device}
-    logprobs, logsumexp = torch.empty(rows, **made), torch.empty(rows, **made)
-    entropies = torch.empty(rows if entropy else 0, **made)
-    squares = torch.empty(rows if sum_squares else 0, **made)
-    if rows == 0:
-        return Sweep(logprobs, logsumexp, entropies, squares)
-    block, warps = _block(vocabulary, largest_block if keep is None else KEEP_BLOCK, flags)
-    blocks = triton.cdiv(vocabulary, block)
-    flags["HAS_MASK"] = mask is not None
-    mask = logits if mask is None else mask.contiguous()
-    results = (logprobs, logsumexp, entropies, squares)
-    wanted = {"ENTROPY": entropy, "SUM_SQUARES": sum_squares}
-    if keep is None and rows < few_rows and blocks > 1:
-        parts = torch.empty(rows, blocks, 4, **made)
-        row = (logits, logits.stride(0), vocabulary)
-        kernels.blocks_kernel[(rows * blocks,)](
-            *row, blocks, mask, *values, parts, **flags, BLOCK=block, num_warps=warps
-        )
-        kernels.merge_kernel[(rows,)](
-            parts, blocks, *row, index, mask, *values, *results, **flags, **wanted, num_warps=1
-        )
-        return Sweep(*results)
-    offsets, ids = (logits, logits) if keep is None else keep
-    kernels.statistics_kernel[(rows,)](
-        logits,
-        logits.stride(0),
-        vocabulary,
-        index,
-        mask,
-        *values,
-        offsets,
-        ids,
-        *results,
-        **flags,
-        **wanted,
-        HAS_KEEP=keep is not None,
-        BLOCK=block,
-        num_warps=warps,
-    )
-    return Sweep(*results)
+    inverse = _each_row(inverse_temperature, len(logits))
+    given = (logits, index, inverse, bias, softcap or 0.0, mask, entropy, sum_squares, bias_first)
+    return Sweep(*torch.ops.zs_native.token_logprobs_forward(*given))
 
 
-def _gradient_triton(
+def _gradient_native(
     logits: Tensor,
     index: Tensor,
     grad_logprobs: Tensor,
@@ -367,72 +301,24 @@ def _gradient_triton(
     mask: Tensor | None,
     out: Tensor,
     bias_first: bool,
-    keep: tuple[Tensor, Tensor] | None = None,
-    largest_block: int = GRADIENT_BLOCK,
 ) -> None:
-    logits = _dense_rows(logits)
-    rows, vocabulary = logits.shape
-    if rows == 0:
-        return
-    apart = (out.stride(0) >= vocabulary or rows == 1) and (out.stride(1) == 1 or vocabulary == 1)
-    target = out if apart else out.contiguous()
-    values, flags = _arguments(logits, inverse_temperature, bias, softcap, bias_first)
-    has_entropy = grad_entropy is not None and entropy is not None
-    block, warps = _block(vocabulary, largest_block if keep is None else KEEP_BLOCK, flags)
-    blocks = 1 if keep is not None else triton.cdiv(vocabulary, block)
-    offsets, ids = (logits, logits) if keep is None else keep
-    kernels.gradient_kernel[(rows * blocks,)](
-        logits,
-        logits.stride(0),
-        vocabulary,
-        blocks,
-        index.contiguous(),
-        logits if mask is None else mask.contiguous(),
-        *values,
-        offsets,
-        ids,
-        grad_logprobs.contiguous(),
-        grad_entropy.contiguous() if has_entropy else logits,
-        logsumexp.contiguous(),
-        entropy.contiguous() if has_entropy else logits,
-        target,
-        target.stride(0),
-        **flags,
-        HAS_MASK=mask is not None,
-        HAS_KEEP=keep is not None,
-        HAS_ENTROPY=has_entropy,
-        BLOCK=block,
-        num_warps=warps,
-    )
+    target = out if apart(out) else out.contiguous()
+    inverse = _each_row(inverse_temperature, len(logits))
+    statistics = (grad_logprobs.float(), grad_entropy, logsumexp, entropy)
+    transforms = (inverse, bias, softcap or 0.0, mask)
+    torch.ops.zs_native.token_logprobs_backward(logits, index, *statistics, *transforms, target, bias_first)
     if target is not out:
         out.copy_(target)
 
 
-def _partials_triton(
+def _partials_native(
     logits: Tensor,
     index: Tensor,
     inverse_temperature: float | Tensor,
     bias: Tensor | None,
     softcap: float | None,
     bias_first: bool,
-    largest_block: int = STATISTICS_BLOCK,
 ) -> Tensor:
-    logits = _dense_rows(logits)
-    rows, vocabulary = logits.shape
-    partials = torch.empty(rows, 5, dtype=torch.float32, device=logits.device)
-    if rows == 0:
-        return partials
-    values, flags = _arguments(logits, inverse_temperature, bias, softcap, bias_first)
-    block, warps = _block(vocabulary, largest_block, flags)
-    kernels.partials_kernel[(rows,)](
-        logits,
-        logits.stride(0),
-        vocabulary,
-        index.contiguous(),
-        *values,
-        partials,
-        **flags,
-        BLOCK=block,
-        num_warps=warps,
-    )
+    inverse = _each_row(inverse_temperature, len(logits))
+    partials = torch.ops.zs_native.token_logprobs_partials(logits, index, inverse, bias, softcap or 0.0, bias_first)
     return partials

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from zs_kernels import _sweeps, token_logprobs
+from zs_kernels import _sweeps, _sweeps_triton, token_logprobs
 from zs_kernels._device import native_status, use_backend
 from zs_kernels._token_logprobs_op import token_logprobs_backward, token_logprobs_backward_, token_logprobs_forward
 from zs_kernels._triton import AVAILABLE, INTERPRETED
@@ -155,7 +155,7 @@ def test_no_waiting_for_the_gpu(
     """On tensors without memory: reading a value, for which the host would wait for a GPU, raises."""
     seen: list[str] = []
     names = ("statistics_kernel", "blocks_kernel", "merge_kernel", "gradient_kernel")
-    monkeypatch.setattr(_sweeps, "kernels", SimpleNamespace(**{name: Launches(seen, name) for name in names}))
+    monkeypatch.setattr(_sweeps_triton, "kernels", SimpleNamespace(**{name: Launches(seen, name) for name in names}))
     monkeypatch.setattr(_sweeps, "backend_of", lambda *tensors: "triton")
     monkeypatch.setattr("zs_kernels._token_logprobs_op.backend_of", lambda *tensors: "triton")
 
@@ -174,5 +174,7 @@ def test_no_waiting_for_the_gpu(
     logprobs, logsumexp, entropy, *_ = token_logprobs_forward._init_fn(logits, index, **options, **ASKED)
     statistics = (logprobs, entropy, index, logsumexp, entropy)
     token_logprobs_backward._init_fn(logits, *statistics, **options, bias_gradient=everything)
-    forward = ["blocks_kernel", "merge_kernel"] if rows < _sweeps.FEW_ROWS and not keep else ["statistics_kernel"]
+    forward = (
+        ["blocks_kernel", "merge_kernel"] if rows < _sweeps_triton.FEW_ROWS and not keep else ["statistics_kernel"]
+    )
     assert seen[: len(forward)] == forward and set(seen[len(forward) :]) == {"gradient_kernel"}
