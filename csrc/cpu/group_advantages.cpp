@@ -77,7 +77,7 @@ Moments group_advantages(const GroupInputs& inputs, const GroupOutputs& outputs)
     if (!inputs.valid || inputs.valid[s]) members[next[inputs.groups[s]]++] = s;
 
   std::vector<double> numbers(S, 0.0);  // what the batch's moments are taken of
-  if (inputs.mode != GroupMode::reinforce_baseline)
+  if (inputs.mode != GroupMode::baseline)
     for (int64_t member : members) numbers[member] = inputs.rewards[member];
   Moments batch;
   if (inputs.mode == GroupMode::batch_std) batch = batch_moments(numbers, nullptr, inputs.valid);
@@ -91,6 +91,8 @@ Moments group_advantages(const GroupInputs& inputs, const GroupOutputs& outputs)
     outputs.mean[g] = static_cast<float>(group.mean);
     outputs.std[g] = static_cast<float>(group.std);
     outputs.dead[g] = group.dead;
+    if (inputs.mode == GroupMode::reinforce)
+      for (int64_t i = 0; i < count; ++i) outputs.advantages[own[i]] = static_cast<float>(inputs.rewards[own[i]]);
     if (group.dead || inputs.mode == GroupMode::reinforce) continue;
     for (int64_t i = 0; i < count; ++i) {
       const double centred = inputs.rewards[own[i]] - group.mean;
@@ -99,7 +101,7 @@ Moments group_advantages(const GroupInputs& inputs, const GroupOutputs& outputs)
       if (inputs.mode == GroupMode::rloo) advantage = centred * group.leave_one_out;
       if (inputs.mode == GroupMode::batch_std) advantage = centred / (batch_std + inputs.eps);
       outputs.advantages[own[i]] = static_cast<float>(advantage);
-      if (inputs.mode == GroupMode::reinforce_baseline) numbers[own[i]] = centred;
+      if (inputs.mode == GroupMode::baseline) numbers[own[i]] = centred;
     }
   }
   if (!whitens(inputs.mode)) return batch;

@@ -8,15 +8,17 @@
 
 namespace zs {
 
-enum class GroupMode : int64_t { grpo = 0, dr_grpo = 1, rloo = 2, batch_std = 3, reinforce = 4, reinforce_baseline = 5 };
+// As kernels/zs_kernels/group_advantages.py counts them: reinforce is the reward itself, `plus_plus` whitens it and
+// `baseline` what is left of it without its group's mean.
+enum class GroupMode : int64_t { grpo, dr_grpo, rloo, batch_std, reinforce, plus_plus, baseline };
 
-inline bool whitens(GroupMode mode) { return mode == GroupMode::reinforce || mode == GroupMode::reinforce_baseline; }
+inline bool whitens(GroupMode mode) { return mode == GroupMode::plus_plus || mode == GroupMode::baseline; }
 
 struct GroupInputs {
   const double* rewards;  // [num_sequences]
   const int64_t* groups;  // [num_sequences] in [0, num_groups)
   const bool* valid;      // [num_sequences]; null: all of them
-  const double* weights;  // [num_sequences] tokens of each, for the two reinforce modes; null: 1
+  const double* weights;  // [num_sequences] tokens of each, for the modes that whiten; null: 1
   int64_t num_sequences;
   int64_t num_groups;
   GroupMode mode;
@@ -32,7 +34,7 @@ struct GroupOutputs {
   bool* dead;         // [num_groups]
 };
 
-// Returns what batch_std and the two reinforce modes divide by: the moments over the whole batch (else zeros).
+// Returns what batch_std and the modes that whiten divide by: the moments over the whole batch (else zeros).
 Moments group_advantages(const GroupInputs& inputs, const GroupOutputs& outputs);
 
 }  // namespace zs

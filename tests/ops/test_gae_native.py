@@ -1,145 +1,81 @@
-"""The compiled GAE answers to its reference, and the reference to the formula written out the other way round."""
+"""The compiled GAE has the reference's bits, whatever stands beside a sequence; and what happens without it."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import pairwise
 
 import pytest
 import torch
 
+from tests.ops.test_gae import LENGTHS, native, packed
 from zs_kernels import _device
-from zs_kernels.gae import gae, gae_reference
-
-native = pytest.mark.skipif(
-    not _device.native_status().available, reason=f"no compiled part: {_device.native_status().reason}"
-)
+from zs_kernels.gae import MODES, gae_reference, statistics_reference
 
 
-def packed(lengths: list[int], seed: int, masked_share: float = 0.4):
-    generator = torch.Generator().manual_seed(seed)
-    N = sum(lengths)
-    rewards, values = torch.randn(N, generator=generator), torch.randn(N, generator=generator)
-    mask = torch.rand(N, generator=generator) >= masked_share
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int64)
-    return rewards, values, mask, cu_seqlens
-
-
-def verl_style(rewards, values, mask, gamma, lam):
-    """One sequence by the recurrence on every token, masked tokens carried: how verl writes it, in float64."""
-    rewards, values, mask = rewards.double(), values.double(), mask.double()
-    next_value = last = torch.zeros((), dtype=torch.float64)
-    advantages = []
-    for t in reversed(range(len(rewards))):
-        candidate = rewards[t] + gamma * next_value - values[t] + gamma * lam * last
-        next_value = values[t] * mask[t] + (1 - mask[t]) * next_value
-        last = candidate * mask[t] + (1 - mask[t]) * last
-        advantages.append(last)
-    advantages = torch.stack(advantages[::-1])
-    return advantages * mask, (advantages + values) * mask
-
-
-# One token; an empty sequence between others; lengths past a thread's share of work.
-LENGTHS = [[1], [3, 0, 5], [7] * 9, [4096, 1, 5000, 33] * 4]
-
-
-@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.99, 0.95), (0.0, 1.0), (1.0, 0.0)])
-@pytest.mark.parametrize("lengths", LENGTHS[:3])
-def test_reference_has_verl_carry(lengths, gamma, lam):
-    rewards, values, mask, cu_seqlens = packed(lengths, seed=1)
-    advantages, returns = gae_reference(rewards, values, mask, cu_seqlens, gamma=gamma, lam=lam)
-    bounds = cu_seqlens.tolist()
-    for begin, end in pairwise(bounds):
-        if begin == end:
-            continue
-        expected = verl_style(rewards[begin:end], values[begin:end], mask[begin:end], gamma, lam)
-        torch.testing.assert_close(advantages[begin:end], expected[0].float())
-        torch.testing.assert_close(returns[begin:end], expected[1].float())
-
-
-def test_hand_computed():
-    """Reward 1 at the end of (policy, document, policy): the document is as if it weren't there."""
-    advantages, returns = gae(
-        torch.tensor([0.0, 9.0, 1.0]),
-        torch.tensor([0.25, 9.0, 0.5]),
-        torch.tensor([True, False, True]),
-        torch.tensor([0, 3]),
-        gamma=0.5,
-        lam=0.5,
+def run_native(rewards, values, mask, cu_seqlens, mode="carry", **options):
+    return torch.ops.zs_native.gae(
+        rewards, values, mask, cu_seqlens, 0.99, 0.95, mode=MODES.index(mode), statistics=True, **options
     )
-    # last: 1 - 0.5 = 0.5; first: 0.5 * 0.5 - 0.25 + 0.25 * 0.5 = 0.125
-    assert advantages.tolist() == [0.125, 0.0, 0.5]
-    assert returns.tolist() == [0.375, 0.0, 1.0]
 
 
 @native
-@pytest.mark.parametrize("lengths", LENGTHS)
-def test_native_equals_reference(lengths):
-    rewards, values, mask, cu_seqlens = packed(lengths, seed=2)
-    fast = torch.ops.zs_native.gae(rewards, values, mask, cu_seqlens, 0.99, 0.95)
-    slow = gae_reference(rewards, values, mask, cu_seqlens, gamma=0.99, lam=0.95)
-    assert torch.equal(fast[0], slow[0]) and torch.equal(fast[1], slow[1])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("lengths", [*LENGTHS, [4096, 1, 5000, 33] * 4, list(range(40)), [300, *[3] * 30]])
+def test_bits_of_the_reference(lengths, mode):
+    rewards, values, mask, cu_seqlens = packed(lengths)
+    fast = run_native(rewards, values, mask, cu_seqlens, mode)
+    slow = gae_reference(rewards, values, mask, cu_seqlens, gamma=0.99, lam=0.95, mode=mode)
+    assert torch.equal(fast[0], slow[0].float()) and torch.equal(fast[1], slow[1].float())
+    torch.testing.assert_close(fast[2], statistics_reference(fast[0], mask), rtol=1e-12, atol=1e-12)
 
 
 @native
-def test_native_takes_strided_inputs():
-    """A column of a wider tensor: reading it as if it were contiguous would give other numbers."""
-    rewards, values, mask, cu_seqlens = packed([40, 60], seed=3)
-    wide = torch.stack([rewards, values], dim=1)
-    wide_mask = torch.stack([mask, ~mask], dim=1)
-    fast = gae(wide[:, 0], wide[:, 1], wide_mask[:, 0], cu_seqlens, gamma=0.9, lam=0.8)
-    slow = gae_reference(rewards, values, mask, cu_seqlens, gamma=0.9, lam=0.8)
-    assert torch.equal(fast[0], slow[0]) and torch.equal(fast[1], slow[1])
+def test_a_sequence_alone_has_the_bits_it_has_in_a_batch():
+    lengths = [5, 60, 8, 0, 33, 17, 90, 1, 12, 40]
+    rewards, values, mask, cu_seqlens = packed(lengths)
+    together = run_native(rewards, values, mask, cu_seqlens)
+    for s, length in enumerate(lengths):
+        part = slice(int(cu_seqlens[s]), int(cu_seqlens[s + 1]))
+        alone = run_native(rewards[part], values[part], mask[part], torch.tensor([0, length]))
+        assert torch.equal(alone[0], together[0][part]) and torch.equal(alone[1], together[1][part])
 
 
-@pytest.mark.parametrize("use_native", [False, pytest.param(True, marks=native)])
-def test_masked_slots_are_never_read(use_native, monkeypatch):
-    rewards, values, mask, cu_seqlens = packed([50, 50], seed=4)
-    if not use_native:
-        # By sys.modules, because the package's attribute of that name is the function.
-        monkeypatch.setattr(sys.modules["zs_kernels.gae"], "backend_of", lambda *tensors: "reference")
-    clean = gae(rewards, values, mask, cu_seqlens)
-    poisoned = gae(rewards.masked_fill(~mask, torch.nan), values.masked_fill(~mask, torch.nan), mask, cu_seqlens)
-    assert torch.equal(clean[0], poisoned[0]) and torch.equal(clean[1], poisoned[1])
-    assert not clean[0][~mask].any() and not clean[1][~mask].any()
+DIGEST = """
+import hashlib, torch
+from zs_kernels import gae, group_advantages
+from zs_kernels.testing import seeded
+r, v, m = seeded(9, 131, seed=1), seeded(9, 131, seed=2), seeded(9, 131, seed=3) > 0
+found = [*gae(r, v, m, gamma=0.99, lam=0.95, whiten=True)]
+found += group_advantages(r, torch.arange(9) // 3, 3, mode="reinforce++-baseline", mask=m)[:5]
+digest = hashlib.sha256(b"".join(one.numpy().tobytes() for one in found)).hexdigest()
+"""
 
 
 @native
-def test_inputs_that_need_a_gradient_take_the_reference():
-    rewards, values, mask, cu_seqlens = packed([5], seed=5)
-    advantages, _ = gae(rewards, values.requires_grad_(), mask, cu_seqlens)
-    assert not advantages.requires_grad
+@pytest.mark.parametrize("instructions", ["base", "avx2"])
+def test_same_bits_on_every_instruction_set(instructions):
+    """A narrow one, in a process of its own, against the widest that this processor has."""
+    environment = {"ZS_KERNELS_ISA": instructions, "PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", DIGEST + "print(digest)"]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=240)
+    widest: dict[str, str] = {}
+    exec(DIGEST, widest)
+    assert done.stdout.strip() == widest["digest"]
 
 
-GOOD = {
-    "rewards": torch.zeros(4),
-    "values": torch.zeros(4),
-    "mask": torch.ones(4, dtype=torch.bool),
-    "cu_seqlens": torch.tensor([0, 4]),
-}
-
-
-@pytest.mark.parametrize(
-    "name, value, error",
-    [
-        ("values", torch.zeros(3), ValueError),
-        ("rewards", torch.zeros(2, 2), ValueError),
-        ("rewards", torch.zeros(4, dtype=torch.int64), ValueError),
-        ("mask", torch.ones(4), ValueError),
-        ("cu_seqlens", torch.tensor([0, 5]), ValueError),
-        ("cu_seqlens", torch.tensor([0, 3, 2, 4]), ValueError),
-        ("cu_seqlens", torch.tensor([1, 4]), ValueError),
-        ("cu_seqlens", torch.tensor([0.0, 4.0]), ValueError),
-        ("cu_seqlens", torch.zeros(0, dtype=torch.int64), ValueError),
-        ("mask", [True] * 4, TypeError),
-        ("gamma", 1.5, ValueError),
-        ("lam", float("nan"), ValueError),
-    ],
-)
-def test_wrong_arguments_are_named_before_the_loop_runs(name, value, error):
-    with pytest.raises(error, match=name):
-        gae(**{**GOOD, name: value})
+@native
+def test_any_number_of_threads_has_the_same_bits():
+    rewards, values, mask, cu_seqlens = packed([4000, 10, 7000, 900] * 12)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run_native(rewards, values, mask, cu_seqlens)
+        torch.set_num_threads(3)
+        three = run_native(rewards, values, mask, cu_seqlens)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
 
 
 def test_without_the_compiled_part_the_reference_answers(tmp_path):
