@@ -113,12 +113,13 @@ class CurriculumConfig(Section):
 
 
 AlgorithmName = Literal[
-    "reinforce", "grpo", "reinforce++", "reinforce++-baseline", "rloo", "dr_grpo", "dapo", "gspo", "cispo"
+    "reinforce", "grpo", "ppo", "reinforce++", "reinforce++-baseline", "rloo", "dr_grpo", "dapo", "gspo", "cispo"
 ]
 
 ALGORITHM_DEFAULTS: dict[str, dict[str, object]] = {
     "reinforce": {},
     "grpo": {},
+    "ppo": {"kl_in": "reward", "kl_estimator": "k1"},
     "reinforce++": {"kl_in": "reward", "kl_estimator": "k1"},
     "reinforce++-baseline": {"kl_estimator": "k2"},
     "rloo": {"kl_in": "reward", "kl_estimator": "k1"},
@@ -184,6 +185,10 @@ class AlgorithmConfig(Section):
     """Upper bound of an importance weight."""
     correction_low: Probability = 0.5
     """Lower bound of an importance weight; used by `mask`."""
+    gamma: Probability = 1.0
+    """PPO: discount of what comes a token later."""
+    gae_lambda: Probability = 1.0
+    """PPO: 1 trusts the rewards to the end, 0 the critic's next value."""
     overlong_limit: NonNegative = 0
     """Tokens a trajectory may write before its reward falls; 0: no such penalty."""
     overlong_buffer: Positive = 1
@@ -213,6 +218,19 @@ class AlgorithmConfig(Section):
                 "algorithm.old_logprobs = 'sampler' uses the sampler's alone. Choose one of the two."
             )
         return self
+
+
+class CriticConfig(Section):
+    """The value model of algorithm `ppo`."""
+
+    path: str = ""
+    """Its trunk: the same forms as `model.path`; empty takes the policy as it was before training."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate of its AdamW; it falls as the policy's does."""
+    warmup_steps: NonNegative = 0
+    """Linear warm-up of the learning rate, in optimizer steps."""
+    value_clip: Annotated[float, Field(gt=0)] = 0.5
+    """How far an update may take a value from the one it had in the rollout before the loss stops to follow."""
 
 
 class TrainConfig(Section):
@@ -282,6 +300,8 @@ class EngineConfig(Section):
     `transformers` only."""
     kv_cache_gib: Annotated[float, Field(ge=0.0)] = 0.0
     """Memory for keys and values, per model (kind `vllm`). 0 takes what `slots` sequences of full length need."""
+    release_kv: bool = False
+    """Give the memory for keys and values back while the update runs."""
     enforce_eager: bool = False
     """No CUDA graphs: starts sooner, decodes slower (kind `vllm`; always so on a CPU)."""
 
@@ -345,6 +365,7 @@ class RunConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    critic: CriticConfig = CriticConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     engine: EngineConfig = EngineConfig()

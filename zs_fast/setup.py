@@ -21,6 +21,7 @@ from zs_fast.search.backends.bm25 import Bm25Search, load_passages
 from zs_fast.search.backends.closed_book import ClosedBook
 from zs_fast.search.codec import ByteCodec, Codec
 from zs_fast.search.simulator import SimulatedSearch
+from zs_fast.system.memory import wake_kv_cache
 from zs_fast.types import Role
 
 EVALUATION_NAMES = {"simulator": "simulator", "bm25": "bm25", "none": "closed_book"}
@@ -164,6 +165,7 @@ def _engine(config: RunConfig, models: dict[Role, LoadedModel], device: torch.de
         frozen=(Role.SIMULATOR,),
         kv_cache_bytes=int(settings.kv_cache_gib * 2**30) or None,
         enforce_eager=settings.enforce_eager,
+        wake=wake_kv_cache if settings.release_kv else None,
     )
 
 

@@ -18,7 +18,8 @@ from typing import Any
 from zs_fast.config import RunConfig, write_config
 from zs_fast.errors import ConfigError, EngineError, SimulatorError
 from zs_fast.evaluate import Evaluation, evaluate, evaluation_questions
-from zs_fast.learn.algorithms import credit
+from zs_fast.learn.algorithms import credit, has_signal
+from zs_fast.learn.critic import Critic
 from zs_fast.learn.pack import pack
 from zs_fast.learn.roles import Roles, score
 from zs_fast.learn.update import Updater
@@ -93,16 +94,29 @@ class _Run:
         stack.callback(self.arena.close)
         if checkpoint:
             self._load_policy_weights(checkpoint)
-        self.roles = Roles(policy=self.policy, reference=reference, temperature=config.sampling.temperature)
-        self.updater = Updater(self.roles, config.train, config.algorithm, total_steps=config.train.steps)
+        self.roles = Roles(
+            policy=self.policy,
+            reference=reference,
+            critic=self._critic(device),
+            temperature=config.sampling.temperature,
+        )
+        longest = config.game.max_turns * config.game.max_new_tokens
+        self.updater = Updater(
+            self.roles,
+            config.train,
+            config.algorithm,
+            total_steps=config.train.steps,
+            longest=longest,
+            critic=config.critic,
+        )
         self.publisher = WeightPublisher(
             self.arena.engine,
             trained=self.policy.model,
             served=partial(self.arena.engine.served, Role.POLICY),
         )
-        self.memory = Memory(device)
+        self.memory = Memory(device, engine=self.arena.engine if config.engine.release_kv else None)
         self.evaluations: dict[str, dict[str, Any]] = {}
-        self.saved_step = self.evaluated_step = self.first_step - 1
+        self.saved_step = self.evaluated_step = self.batches_played = self.first_step - 1
         self.earlier_seconds = 0.0
         if checkpoint:
             self._restore(checkpoint)
@@ -126,15 +140,15 @@ class _Run:
         self._evaluate_before_the_loop(self.first_step - 1)
         for step in range(self.first_step, config.train.steps + 1):
             noise = noise_probability(step, config.curriculum, config.train.steps)
-            questions = self.order.batch(step - 1, config.train.questions_per_step)
             with self._kept_on_failure(step - 1), self.memory.phase(Phase.ROLLOUT):
-                progress = partial(log.progress, "rollout")
-                groups = play(self.arena.training_player, questions, step=step, noise=noise, on_progress=progress)
-            packed = pack(groups, token_budget=config.train.token_budget, mask=config.algorithm.mask_stop_reasons)
+                groups, chosen, batches_played = self._play(step, noise)
+            self.batches_played = batches_played
+            packed = pack(chosen, token_budget=config.train.token_budget, mask=config.algorithm.mask_stop_reasons)
             with self.memory.phase(Phase.SCORE):
-                scored = score(packed, self.roles)
+                scored = score(packed, self.roles, old_logprobs=self.updater.needs_old_logprobs)
             with self.memory.phase(Phase.UPDATE):
-                stats = self.updater.update(credit(scored, config.algorithm))
+                batch = credit(scored, config.algorithm, kl_coefficient=self.updater.kl_coefficient)
+                stats = self.updater.update(batch)
             with self.memory.phase(Phase.SYNC):
                 self.publisher.publish(step)
             searches = [turn.search for group in groups for t in group.trajectories for turn in t.turns if turn.search]
@@ -147,6 +161,26 @@ class _Run:
             if self._is_due(config.train.save_every, step):
                 self._save(step)
         return self._finish()
+
+    def _play(self, step: int, noise: float) -> tuple[list[Group], list[Group], int]:
+        """(all groups played, those to learn from: `questions_per_step`, batches of questions played in the run).
+
+        With `algorithm.max_resampled_batches`, groups without signal make room for those of further batches.
+        """
+        number, algorithm = self.config.train.questions_per_step, self.config.algorithm
+        played: list[Group] = []
+        live: list[Group] = []
+        for extra in range(algorithm.max_resampled_batches + 1):
+            progress = partial(self.log.progress, "rollout" if extra == 0 else f"rollout, batch {extra + 1}")
+            questions = self.order.batch(self.batches_played + extra, number)
+            played += play(self.arena.training_player, questions, step=step, noise=noise, on_progress=progress)
+            live = [group for group in played if has_signal(group, algorithm.mask_stop_reasons)]
+            if len(live) >= number:
+                break
+        if len(played) == number:
+            return played, played, self.batches_played + 1
+        dead = [group for group in played if not has_signal(group, algorithm.mask_stop_reasons)]
+        return played, (live + dead)[:number], self.batches_played + len(played) // number
 
     def _is_due(self, every: int, step: int) -> bool:
         return step == self.config.train.steps or (every > 0 and step % every == 0)
@@ -178,6 +212,13 @@ class _Run:
             return load_served(self.config.model.path, self.config, device)
         return load_model(self.config.model.path, dtype=DTYPES[self.config.model.dtype], device=device)
 
+    def _critic(self, device: Any) -> Critic | None:
+        """PPO's value model; its weights come from the checkpoint on resume."""
+        if self.config.algorithm.name != "ppo":
+            return None
+        path = self.config.critic.path or self.config.model.path
+        return Critic(load_model(path, dtype=DTYPES[self.config.model.dtype], device=device))
+
     def _load_policy_weights(self, checkpoint: Checkpoint) -> None:
         dtype = DTYPES[self.config.model.dtype]
         saved = load_model(checkpoint.model_path, dtype=dtype, device=self.policy.model.device)
@@ -188,6 +229,7 @@ class _Run:
         self.updater.load_state(checkpoint.state["updater"])
         self.evaluations = dict(checkpoint.state["evaluations"])
         self.evaluated_step = checkpoint.state.get("evaluated_step", checkpoint.step)
+        self.batches_played = checkpoint.state.get("batches_played", checkpoint.step)
         self.earlier_seconds = checkpoint.state.get("seconds", 0.0)
         self.publisher.publish(checkpoint.step)
 
@@ -202,6 +244,7 @@ class _Run:
                 "updater": self.updater.state(),
                 "evaluations": self.evaluations,
                 "evaluated_step": self.evaluated_step,
+                "batches_played": self.batches_played,
                 "seconds": self._seconds(),
             },
         )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from zs_fast.types import Group, StopReason
 def credited(groups: list[Group], name: str, **options) -> TrainBatch:  # type: ignore[no-untyped-def]
     config = AlgorithmConfig(name=name, **options)
     packed = pack(groups, token_budget=1000, mask=config.mask_stop_reasons)
-    return credit(ScoredBatch(packed=packed, old_logprobs=None, ref_logprobs=None), config)
+    values = torch.zeros(packed.num_tokens)
+    return credit(ScoredBatch(packed=packed, old_logprobs=None, ref_logprobs=None, old_values=values), config)
 
 
 def test_the_table_has_a_row_for_every_name_a_recipe_may_give() -> None:
@@ -114,6 +116,7 @@ BY_HAND = {
     # centred .5 .5 -.5 0 0: mean .1, unbiased variance .175
     "reinforce++-baseline": [(x - 0.1) / 0.175**0.5 for x in (0.5, 0.5, -0.5, 0, 0)],
 }
+BY_HAND["ppo"] = BY_HAND["reinforce++"]  # with a critic that says 0
 SAME_ADVANTAGES = {"dapo": "grpo", "gspo": "grpo", "cispo": "grpo"}
 
 
@@ -131,7 +134,7 @@ def test_each_algorithm_by_hand(make_trajectory, make_group, name: str) -> None:
     at_loss_tokens = batch.advantages[batch.scored.packed.loss_index].tolist()
     assert at_loss_tokens == pytest.approx(BY_HAND[SAME_ADVANTAGES.get(name, name)], abs=2e-6)
     assert not batch.advantages[~batch.scored.packed.loss_mask].any()
-    dead = {"reinforce": [False, False], "reinforce++": [False, False]}.get(name, [False, True])
+    dead = [False, name not in ("reinforce", "reinforce++", "ppo")]
     assert batch.dead_groups.tolist() == dead
 
 
@@ -181,3 +184,19 @@ def test_a_name_sets_what_its_paper_has_and_given_keys_win() -> None:
     config = AlgorithmConfig(name="reinforce++")
     assert (config.kl_in, config.kl_estimator) == ("reward", "k1")
     assert AlgorithmConfig(**config.model_dump()) == config
+
+
+def test_ppo_against_a_critic_by_hand(make_trajectory, make_group) -> None:  # type: ignore[no-untyped-def]
+    """Two tokens around a document, then rewards 1: what stands between the two tokens is skipped, NaN or not."""
+    packed = pack([make_group([make_trajectory([1], [([3], [5]), ([6], [])], reward=1.0)])], token_budget=99)
+    values = torch.tensor([0.2, torch.nan, 0.5])
+    scored = ScoredBatch(packed=packed, old_logprobs=None, ref_logprobs=None, old_values=values)
+    batch = credit(scored, AlgorithmConfig(name="ppo", kl_coefficient=0.0, gamma=0.9, gae_lambda=0.8))
+    last = 1.0 - 0.5
+    first = 0.9 * 0.5 - 0.2 + 0.9 * 0.8 * last
+    assert batch.returns[packed.loss_index].tolist() == pytest.approx([first + 0.2, last + 0.5])
+    mean, spread = (first + last) / 2, abs(first - last) / 2**0.5
+    got = batch.advantages[packed.loss_index].tolist()
+    assert got == pytest.approx([(first - mean) / spread, (last - mean) / spread], rel=1e-4)
+    with pytest.raises(ValueError, match=r"roles\.critic"):
+        credit(replace(scored, old_values=None), AlgorithmConfig(name="ppo", kl_coefficient=0.0))

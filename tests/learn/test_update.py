@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from zs_fast.config import AlgorithmConfig, TrainConfig
 from zs_fast.errors import CheckpointUnusableError, ConfigError
 from zs_fast.learn.algorithms import credit
-from zs_fast.learn.batch import TrainBatch
-from zs_fast.learn.losses import micro_batch_loss
+from zs_fast.learn.batch import PackedBatch, TrainBatch
+from zs_fast.learn.losses import MiniBatchSize, micro_batch_loss
 from zs_fast.learn.optimizer import Optimizer, Schedule
 from zs_fast.learn.pack import pack
 from zs_fast.learn.policy import logprobs_at_loss_tokens
@@ -45,13 +46,17 @@ def make_batch(groups: list[Group], roles: Roles, algorithm: AlgorithmConfig, to
     return credit(score(pack(groups, token_budget=token_budget), roles), algorithm)
 
 
+def whole(packed: PackedBatch) -> MiniBatchSize:
+    written = sum(b > a for a, b in pairwise(packed.loss_offsets))
+    return MiniBatchSize(loss_tokens=packed.num_loss_tokens, sequences=written, longest=16)
+
+
 def gradients(roles: Roles, batch: TrainBatch, algorithm: AlgorithmConfig, token_budget: int) -> list[Tensor]:
     """Gradient of every weight, summed over micro batches of `token_budget` tokens."""
     packed, model = batch.scored.packed, roles.policy.model
     model.zero_grad()
     for micro in packed.micro_batches(token_budget):
-        scored = logprobs_at_loss_tokens(model, micro, temperature=1.0, entropy=True)
-        micro_batch_loss(scored, micro, batch, algorithm, packed.num_loss_tokens)[0].backward()
+        micro_batch_loss(model, micro, batch, algorithm, whole(packed), temperature=1.0)[0].backward()
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
@@ -81,7 +86,7 @@ def test_loss_is_the_mean_over_the_tokens_of_the_whole_mini_batch(make_groups) -
     packed = batch.scored.packed
     (micro,) = packed.micro_batches(10_000)
     scored = logprobs_at_loss_tokens(roles.policy.model, micro, temperature=1.0, entropy=True)
-    loss, _ = micro_batch_loss(scored, micro, batch, GRPO, packed.num_loss_tokens)
+    loss, _ = micro_batch_loss(roles.policy.model, micro, batch, GRPO, whole(packed), temperature=1.0)
     expected = 0.0
     rows = zip(packed.loss_index.tolist(), scored.logprobs.tolist(), scored.entropy.tolist(), strict=True)
     for n, logprob, entropy in rows:

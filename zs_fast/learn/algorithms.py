@@ -8,6 +8,7 @@ S trajectories, G groups, N tokens, R a trajectory's reward.
     grpo                   A = (R - mean of group) / (unbiased std of group + eps)     arXiv:2402.03300, section 4.1
     dr_grpo                A = R - mean of group                                       arXiv:2503.20783
     rloo                   A = R - mean of the others in the group                     arXiv:2402.14740
+    ppo                    A = whitened over tokens (generalised advantage estimate)   arXiv:1707.06347, 1506.02438
     reinforce++            A = whitened over tokens (R - sum of KL from here on)       arXiv:2501.03262
     reinforce++-baseline   A = whitened over tokens (R - mean of group)                arXiv:2501.03262, section 3.3
 
@@ -16,7 +17,7 @@ DAPO, GSPO and CISPO take GRPO's advantages; what else makes them is in config.A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from zs_fast.config import AlgorithmConfig
 from zs_fast.learn.batch import PackedBatch, ScoredBatch, TrainBatch
 from zs_fast.system.distributed import all_reduce_sums
+from zs_fast.types import Group, StopReason
 from zs_kernels import gae, group_advantages, kl_estimates
 
 WHITENING_EPS = 1e-8
@@ -39,55 +41,69 @@ class Credit:
     """[N] float32, on the batch's device; whatever stands outside the loss tokens is not used"""
     dead_groups: Tensor
     """[G] bool, on the CPU; True where a group's rewards give no gradient"""
+    returns: Tensor | None = None
+    """[N] float32, what a critic's values are trained to; None without one"""
 
 
-Algorithm = Callable[[PackedBatch, Tensor, AlgorithmConfig], Credit]
+Algorithm = Callable[[ScoredBatch, Tensor, AlgorithmConfig], Credit]
 """(batch, KL penalty of each token [N] in units of reward, config) -> credit"""
 
 
-def reinforce(batch: PackedBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
+def reinforce(scored: ScoredBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
     """The raw reward, without a baseline: ZeroSearch's default. A group is dead when no trainable trajectory of it has
     a reward other than 0."""
+    batch = scored.packed
     rewards = torch.where(batch.trainable, _sequence_rewards(batch, penalty), 0.0)
     signals = torch.zeros(batch.num_groups, dtype=torch.int64).index_add(0, batch.group, (rewards != 0).long())
     return Credit(advantages=_at_tokens(batch, rewards), dead_groups=signals == 0)
 
 
-def grpo(batch: PackedBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
+def grpo(scored: ScoredBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
     """Against the trainable trajectories of its own group, in units of their spread. A group is dead, with advantages
     of exactly 0, when it has fewer than two trainable trajectories or their rewards are all equal."""
-    return _against_group(batch, penalty, config, "grpo")
+    return _against_group(scored.packed, penalty, config, "grpo")
 
 
-def dr_grpo(batch: PackedBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
+def dr_grpo(scored: ScoredBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
     """Against the group's mean, not divided by its spread, so that easy and hard questions weigh alike."""
-    return _against_group(batch, penalty, config, "dr_grpo")
+    return _against_group(scored.packed, penalty, config, "dr_grpo")
 
 
-def rloo(batch: PackedBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
+def rloo(scored: ScoredBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
     """Against the mean of the other trajectories of the group."""
-    return _against_group(batch, penalty, config, "rloo")
+    return _against_group(scored.packed, penalty, config, "rloo")
 
 
-def reinforce_plus_plus(batch: PackedBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
+def reinforce_plus_plus(scored: ScoredBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
     """Each token's own return, the reward at the trajectory's end and the KL penalty from the token on, whitened over
     all loss tokens of the step. The baseline is the step's mean: no group is dead that has a trainable trajectory."""
-    rewards = _token_rewards(batch, penalty)
-    bounds = torch.tensor(batch.cu_seqlens, device=rewards.device)
-    returns, _ = gae(rewards, torch.zeros_like(rewards), batch.loss_mask, bounds, gamma=1.0, lam=1.0)
-    trainable = torch.zeros(batch.num_groups, dtype=torch.int64).index_add(0, batch.group, batch.trainable.long())
-    return Credit(advantages=_whitened(batch, returns), dead_groups=trainable == 0)
+    batch = scored.packed
+    zeros = torch.zeros(batch.num_tokens, device=batch.inputs.device)
+    returns, _ = _estimate(batch, penalty, zeros, gamma=1.0, lam=1.0)
+    return Credit(advantages=_whitened(batch, returns), dead_groups=_untrainable_groups(batch))
 
 
-def reinforce_plus_plus_baseline(batch: PackedBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
+def reinforce_plus_plus_baseline(scored: ScoredBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
     """Against the group's mean, then whitened over all loss tokens of the step."""
-    credit = _against_group(batch, penalty, config, "dr_grpo")
-    return replace(credit, advantages=_whitened(batch, credit.advantages))
+    credit = _against_group(scored.packed, penalty, config, "dr_grpo")
+    return replace(credit, advantages=_whitened(scored.packed, credit.advantages))
+
+
+def ppo(scored: ScoredBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
+    """Against the critic's values; documents and prompts are transparent: between two tokens that the policy wrote
+    stands nothing. No group is dead that has a trainable trajectory."""
+    if scored.old_values is None:
+        raise ValueError("algorithm.name = 'ppo' takes the critic's values; score(...) the batch with roles.critic")
+    batch = scored.packed
+    advantages, returns = _estimate(batch, penalty, scored.old_values, gamma=config.gamma, lam=config.gae_lambda)
+    whitened = _whitened(batch, advantages)
+    return Credit(advantages=whitened, returns=returns, dead_groups=_untrainable_groups(batch))
 
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     "reinforce": reinforce,
     "grpo": grpo,
+    "ppo": ppo,
     "reinforce++": reinforce_plus_plus,
     "reinforce++-baseline": reinforce_plus_plus_baseline,
     "rloo": rloo,
@@ -111,7 +127,7 @@ def credit(scored: ScoredBatch, config: AlgorithmConfig, *, kl_coefficient: floa
                 "reason; give the same reasons to pack(mask=...)"
             )
     coefficient = config.kl_coefficient if kl_coefficient is None else kl_coefficient
-    shaped = replace(packed, rewards=packed.rewards - overlong_penalty(packed, config))
+    shaped = replace(scored, packed=replace(packed, rewards=packed.rewards - overlong_penalty(packed, config)))
     given = ALGORITHMS[config.name](shaped, _kl_penalty(scored, config, coefficient), config)
     advantages = torch.where(packed.loss_mask, given.advantages, 0.0)
     return TrainBatch(
@@ -119,8 +135,15 @@ def credit(scored: ScoredBatch, config: AlgorithmConfig, *, kl_coefficient: floa
         advantages=advantages,
         sequence_advantages=_mean_of_sequences(packed, advantages),
         dead_groups=given.dead_groups,
+        returns=given.returns,
         kl_coefficient=coefficient,
     )
+
+
+def has_signal(group: Group, mask_stop_reasons: Collection[StopReason | str] = ()) -> bool:
+    """Do the rewards of the group's trainable trajectories differ? arXiv:2503.14476, section 3.2, keeps such alone."""
+    rewards = {t.reward for t in group.trajectories if t.trainable and t.stop_reason not in mask_stop_reasons}
+    return len(rewards) > 1
 
 
 def overlong_penalty(batch: PackedBatch, config: AlgorithmConfig) -> Tensor:
@@ -166,6 +189,20 @@ def _token_rewards(batch: PackedBatch, penalty: Tensor) -> Tensor:
     written = torch.tensor(batch.cu_seqlens).diff() > 0  # a sequence is cut after its last loss token
     last = (ends[written] - 1).to(rewards.device)
     return rewards.index_add(0, last, batch.rewards[written].float().to(rewards.device))
+
+
+def _estimate(
+    batch: PackedBatch, penalty: Tensor, values: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), each [N] float32, of the token rewards against `values` [N]."""
+    bounds = torch.tensor(batch.cu_seqlens, device=values.device)
+    return gae(_token_rewards(batch, penalty), values, batch.loss_mask, bounds, gamma=gamma, lam=lam)
+
+
+def _untrainable_groups(batch: PackedBatch) -> Tensor:
+    """[G] bool: groups without a trainable trajectory."""
+    trainable = torch.zeros(batch.num_groups, dtype=torch.int64)
+    return trainable.index_add(0, batch.group, batch.trainable.long()) == 0
 
 
 def _against_group(batch: PackedBatch, penalty: Tensor, config: AlgorithmConfig, mode: str) -> Credit:

@@ -34,6 +34,8 @@ class MicroBatch:
     """[m] int64, where in this micro batch the loss tokens are"""
     cu_seqlens: tuple[int, ...]
     """Start of each sequence that has tokens, then n: [0, ..., n]"""
+    loss_cu_seqlens: tuple[int, ...]
+    """Number of loss tokens before each of those sequences, then m: [0, ..., m]"""
     tokens: slice
     """Where these tokens are in the batch's per-token columns."""
     loss_tokens: slice
@@ -109,12 +111,14 @@ class PackedTokens:
         start, stop = self.cu_seqlens[first], self.cu_seqlens[last]
         loss_start, loss_stop = self.loss_offsets[first], self.loss_offsets[last]
         bounds = self.cu_seqlens[first : last + 1]
+        loss_bounds = self.loss_offsets[first : last + 1]
         return MicroBatch(
             inputs=self.inputs[start:stop],
             targets=self.targets[start:stop],
             positions=self.positions[start:stop],
             loss_index=self.loss_index[loss_start:loss_stop] - start,
             cu_seqlens=tuple(dict.fromkeys(bound - start for bound in bounds)),
+            loss_cu_seqlens=tuple(dict.fromkeys(bound - loss_start for bound in loss_bounds)),
             tokens=slice(start, stop),
             loss_tokens=slice(loss_start, loss_stop),
         )
@@ -158,6 +162,14 @@ class PackedBatch(PackedTokens):
     def num_groups(self) -> int:
         return len(self.group_offsets) - 1
 
+    def mini_batches(self, number: int) -> Iterator[tuple[int, int]]:
+        """(first, last) sequence of each of `number` parts, none of which splits a group."""
+        for part in range(number):
+            yield (
+                self.group_offsets[part * self.num_groups // number],
+                self.group_offsets[(part + 1) * self.num_groups // number],
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredBatch:
@@ -169,6 +181,8 @@ class ScoredBatch:
     one update only: the policy's own log-probabilities in that update are the old ones, and every ratio is 1."""
     ref_logprobs: Tensor | None
     """[N] float32 at loss tokens, 0 elsewhere: the reference's. None without a KL term."""
+    old_values: Tensor | None = None
+    """[N] float32 at loss tokens, 0 elsewhere: the critic's before this step's first update. None without a critic."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,3 +198,5 @@ class TrainBatch:
     """[G] bool, on the CPU; True where a group's rewards give no gradient"""
     kl_coefficient: float
     """Weight of the KL to the reference in this step"""
+    returns: Tensor | None = None
+    """[N] float32, what the critic's values are trained to; None without a critic"""

@@ -1,60 +1,130 @@
-"""The loss of one micro batch: clipped policy loss + KL to the reference - entropy bonus.
+"""The loss of one micro batch, straight from the trunk's hidden states.
 
-    loss = sum over loss tokens of (policy_loss_n + kl_coefficient * k3_n - entropy_coefficient * entropy_n) / M
+    loss = sum over loss tokens of weight_n (policy_n + kl_coefficient * kl_n - entropy_coefficient * entropy_n)
 
-M is the number of loss tokens of the whole mini batch (of all ranks), never of the micro batch: the micro batches'
-losses add up to the mini batch's, so that their size doesn't change the gradient.
+The weights carry the aggregation. Their denominators count the whole mini batch (of all ranks), never the micro batch:
+the micro batches' losses add up to the mini batch's, so that their size doesn't change the gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zs_fast.config import AlgorithmConfig
 from zs_fast.learn.batch import MicroBatch, TrainBatch
-from zs_kernels import TokenLogprobs, kl_estimates, policy_loss
+from zs_fast.learn.policy import hidden_states
+from zs_kernels import linear_logprobs, policy_loss
+from zs_kernels.linear_policy_loss import linear_policy_loss
+from zs_kernels.policy_loss import METRICS, PolicyLossSettings
 
 KL_CLAMP = "verl"
-"""k3 with the log-ratio bounded to +-20 and the estimate to 10 nats, as verl (and ZeroSearch for the latter) has it."""
+"""Log-ratios bounded to +-20 and the estimate to 10 nats, as verl (and ZeroSearch for the latter) has it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MiniBatchSize:
+    """What the weights of a mini batch are divided by; sums over all ranks."""
+
+    loss_tokens: float
+    sequences: float
+    """Trajectories with a loss token"""
+    longest: float
+    """Tokens that a trajectory may write at most: a constant of the run"""
+
+
+def token_weights(micro: MicroBatch, size: MiniBatchSize, aggregation: str) -> Tensor:
+    """[m] float32: each loss token's share in the mini batch's loss."""
+    lengths = torch.tensor(micro.loss_cu_seqlens, dtype=torch.float32).diff()
+    per_sequence = {
+        "token-mean": torch.full_like(lengths, 1.0 / size.loss_tokens),
+        "token-sum": torch.ones_like(lengths),
+        "seq-mean-token-sum": torch.full_like(lengths, 1.0 / size.sequences),
+        "seq-mean-token-mean": 1.0 / (size.sequences * lengths),
+        "seq-mean-token-sum-norm": torch.full_like(lengths, 1.0 / (size.sequences * size.longest)),
+    }[aggregation]
+    return per_sequence.repeat_interleave(lengths.long()).to(micro.loss_index.device)
 
 
 def micro_batch_loss(
-    scored: TokenLogprobs, micro: MicroBatch, batch: TrainBatch, config: AlgorithmConfig, num_loss_tokens: float
+    model: nn.Module,
+    micro: MicroBatch,
+    batch: TrainBatch,
+    config: AlgorithmConfig,
+    size: MiniBatchSize,
+    *,
+    temperature: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss to minimise, named sums over this micro batch's loss tokens: float32 scalars without gradient).
-
-    scored: the policy's log-probabilities and entropies [m], with gradient. num_loss_tokens: M above.
-    """
-    logprobs, entropy = scored.logprobs, scored.entropy
-    assert entropy is not None, "the policy's entropies belong to every update"
-    old = batch.scored.old_logprobs
-    # Without a scoring pass this is the first update since sampling: the weights are the old ones, the ratio is 1.
-    old_logprobs = logprobs.detach() if old is None else micro.at_loss_tokens(old)
-    weights = torch.full_like(logprobs, 1.0 / num_loss_tokens, requires_grad=False)
-    policy = policy_loss(
-        logprobs,
-        old_logprobs,
-        micro.at_loss_tokens(batch.advantages),
-        weights,
+    """(loss to minimise, named sums over this micro batch's loss tokens: float32 scalars without gradient)."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    hidden = hidden_states(model, micro).index_select(0, micro.loss_index)
+    settings = PolicyLossSettings(
+        form=config.policy_loss,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        kl_coefficient=batch.kl_coefficient if config.kl_in == "loss" else 0.0,
+        kl_estimator=config.kl_estimator,
+        kl_clamp=KL_CLAMP,
+        entropy_coefficient=config.entropy_coefficient,
     )
-    loss = policy.loss
+    old, ref = batch.scored.old_logprobs, batch.scored.ref_logprobs
+    # Without old log-probabilities this is the first update since sampling: the weights are the old ones, the ratio 1.
+    old_logprobs = None if old is None else micro.at_loss_tokens(old)
+    ref_logprobs = None if ref is None else micro.at_loss_tokens(ref)
+    advantages = micro.at_loss_tokens(batch.advantages)
+    weights = token_weights(micro, size, config.aggregation)
+    if settings.form == "gspo":  # a trajectory's ratio is known only when all its log-probabilities are
+        scored = linear_logprobs(
+            hidden, head.weight, micro.loss_targets, bias=head.bias, temperature=temperature, entropy=True
+        )
+        logprobs = scored.logprobs
+        assert scored.entropy is not None
+        result = policy_loss(
+            logprobs,
+            logprobs.detach() if old_logprobs is None else old_logprobs,
+            advantages,
+            weights,
+            ref_logprobs=ref_logprobs,
+            entropy=scored.entropy,
+            cu_seqlens=torch.tensor(micro.loss_cu_seqlens, device=hidden.device),
+            **settings._asdict(),
+        )
+        loss, metrics = result.loss, {name: getattr(result, name) for name in METRICS}
+    else:
+        fused = linear_policy_loss(
+            hidden,
+            head.weight,
+            micro.loss_targets,
+            old_logprobs,
+            advantages,
+            weights,
+            settings=settings,
+            ref_logprobs=ref_logprobs,
+            bias=head.bias,
+            temperature=temperature,
+        )
+        loss, logprobs = fused.loss, fused.logprobs
+        metrics = dict(zip(METRICS, fused.metrics.unbind(), strict=True)) | {"entropy_sum": fused.entropy.sum()}
+    sums = _named_sums(metrics, has_reference=ref is not None)
+    sums["loss/policy"] = metrics["policy_sum"] * size.loss_tokens
+    before = logprobs.detach() if old_logprobs is None else old_logprobs
+    return loss, sums | _mismatch(before, micro.at_loss_tokens(batch.scored.packed.rollout_logprobs))
+
+
+def _named_sums(metrics: Mapping[str, Tensor], *, has_reference: bool) -> dict[str, Tensor]:
     sums = {
-        "loss/policy": policy.loss.detach() * num_loss_tokens,
-        "ratio": policy.ratio_sum,
-        "clipped_low": policy.clipped_low,
-        "clipped_high": policy.clipped_high,
-        "entropy": entropy.detach().sum(),
+        "ratio": metrics["ratio_sum"],
+        "clipped_low": metrics["clipped_low"],
+        "clipped_high": metrics["clipped_high"],
+        "clipped_dual": metrics["clipped_dual"],
+        "entropy": metrics["entropy_sum"],
     }
-    if batch.scored.ref_logprobs is not None:
-        kl = kl_estimates(logprobs, micro.at_loss_tokens(batch.scored.ref_logprobs), estimator="k3", clamp=KL_CLAMP)
-        sums["kl"] = kl.detach().sum()
-        loss = loss + config.kl_coefficient * kl.sum() / num_loss_tokens
-    if config.entropy_coefficient:
-        loss = loss - config.entropy_coefficient * entropy.sum() / num_loss_tokens
-    return loss, sums | _mismatch(old_logprobs, micro.at_loss_tokens(batch.scored.packed.rollout_logprobs))
+    return sums | ({"kl": metrics["kl_sum"]} if has_reference else {})
 
 
 def _mismatch(old_logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, Tensor]:

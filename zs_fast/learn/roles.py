@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zs_fast.errors import ConfigError
 from zs_fast.learn.batch import PackedBatch, ScoredBatch
+from zs_fast.learn.critic import Critic
 from zs_fast.learn.policy import logprobs_at_loss_tokens
 from zs_fast.models.load import LoadedModel
 from zs_fast.types import Role
@@ -21,6 +22,8 @@ class Roles:
     policy: LoadedModel
     reference: LoadedModel | None
     """Frozen copy of the policy as it was before training; None when no KL term is used, so that none is held."""
+    critic: Critic | None = None
+    """The value model of PPO."""
     temperature: float
     """The sampling temperature: log-probabilities are those of the distribution that was sampled from."""
 
@@ -41,7 +44,17 @@ class Roles:
     @property
     def scores_before_update(self) -> bool:
         """Does `score` run a forward pass at all?"""
-        return self.reference is not None
+        return self.reference is not None or self.critic is not None
+
+    def values(self, packed: PackedBatch) -> Tensor:
+        """[N] float32 on the policy's device: the critic's values at loss tokens, 0 elsewhere. No gradient."""
+        if self.critic is None:
+            raise ValueError("this run holds no critic")
+        column = torch.zeros(packed.num_tokens, device=self.device)
+        with torch.no_grad():
+            for micro in packed.micro_batches(packed.token_budget):
+                column[micro.tokens][micro.loss_index] = self.critic.values(micro)
+        return column
 
     def logprobs(self, role: Role | str, packed: PackedBatch) -> Tensor:
         """[N] float32 on the policy's device: the role's log-probabilities at loss tokens, 0 elsewhere. No gradient."""
@@ -68,4 +81,5 @@ def score(packed: PackedBatch, roles: Roles, *, old_logprobs: bool = False) -> S
         packed=packed,
         old_logprobs=roles.logprobs(Role.POLICY, packed) if old_logprobs else None,
         ref_logprobs=roles.logprobs(Role.REFERENCE, packed) if roles.reference is not None else None,
+        old_values=roles.values(packed) if roles.critic is not None else None,
     )

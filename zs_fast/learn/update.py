@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from zs_fast.config import AlgorithmConfig, TrainConfig
-from zs_fast.errors import CheckpointUnusableError, ConfigError, PreflightError
+from zs_fast.config import AlgorithmConfig, CriticConfig, TrainConfig
+from zs_fast.errors import CheckpointUnusableError, ConfigError, EngineError, PreflightError
 from zs_fast.learn.batch import TrainBatch
-from zs_fast.learn.losses import micro_batch_loss
+from zs_fast.learn.critic import CriticUpdater
+from zs_fast.learn.losses import MiniBatchSize, micro_batch_loss
 from zs_fast.learn.optimizer import Optimizer, Schedule
-from zs_fast.learn.policy import logprobs_at_loss_tokens, training_mode
+from zs_fast.learn.policy import training_mode
 from zs_fast.learn.roles import Roles
 from zs_fast.system.distributed import all_reduce_sums, world_size
 from zs_fast.types import Role, StepStats
@@ -47,9 +49,19 @@ class Updater:
 
     A step whose loss or gradient is not finite is left out: the weights and AdamW's moments stay as they were, and it
     is counted under `update/nonfinite_*`. total_steps: batches in the whole run, for the learning-rate schedule.
+    longest: tokens a trajectory may write at most, for the aggregation `seq-mean-token-sum-norm`.
     """
 
-    def __init__(self, roles: Roles, train: TrainConfig, algorithm: AlgorithmConfig, *, total_steps: int) -> None:
+    def __init__(
+        self,
+        roles: Roles,
+        train: TrainConfig,
+        algorithm: AlgorithmConfig,
+        *,
+        total_steps: int,
+        longest: int = 1,
+        critic: CriticConfig | None = None,
+    ) -> None:
         if algorithm.kl_coefficient > 0.0 and roles.reference is None:
             raise ConfigError(
                 f"algorithm.kl_coefficient is {algorithm.kl_coefficient}, which needs a reference model, but none was "
@@ -59,7 +71,9 @@ class Updater:
             raise PreflightError(
                 f"{world_size()} processes were started, but the update adds no gradients over processes. Start one."
             )
-        self.roles, self.train, self.algorithm = roles, train, algorithm
+        self.roles, self.train, self.algorithm, self.longest = roles, train, algorithm, longest
+        self.kl_coefficient = algorithm.kl_coefficient
+        """Weight of the KL term in the coming step; steered where algorithm.kl_target is given."""
         self.updates_per_batch = train.mini_batches * train.epochs
         schedule = Schedule(
             peak=train.learning_rate,
@@ -75,6 +89,9 @@ class Updater:
             weight_decay=train.weight_decay,
             max_grad_norm=train.max_grad_norm,
         )
+        self.critic: CriticUpdater | None = None
+        if roles.critic is not None:
+            self.critic = CriticUpdater(roles.critic, critic or CriticConfig(), train, total_steps=total_steps)
 
     def update(self, batch: TrainBatch) -> StepStats:
         """Take the batch's optimizer steps. One host sync per optimizer step."""
@@ -84,56 +101,93 @@ class Updater:
         learning_rate = self.optimizer.learning_rate
         with training_mode(self.roles.policy.model, gradient_checkpointing=self.train.gradient_checkpointing):
             for _ in range(self.train.epochs):
-                for number in range(self.train.mini_batches):
+                for first, last in packed.mini_batches(self.train.mini_batches):
                     learning_rate = self.optimizer.learning_rate
-                    first, last = (
-                        packed.group_offsets[edge * packed.num_groups // self.train.mini_batches]
-                        for edge in (number, number + 1)
-                    )
                     self._optimizer_step(batch, first, last, totals)
-        return StepStats(values=self._values(batch, totals, learning_rate))
+        values = self._values(batch, totals, learning_rate)
+        if self.critic is not None:
+            values |= self.critic.update(batch)
+        self._steer_kl(values)
+        return StepStats(values=values)
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Must the policy score a batch before its first update?
+
+        Not where each batch makes a single update: there the update's own forward pass sees the very same weights.
+        """
+        if self.algorithm.old_logprobs == "sampler":
+            return False
+        kl_in_reward = self.algorithm.kl_in == "reward" and self.kl_coefficient > 0.0
+        return self.updates_per_batch > 1 or kl_in_reward
+
+    def _steer_kl(self, values: Mapping[str, float]) -> None:
+        """Move the coefficient by up to 2 % towards the one that holds the KL at its target (arXiv:1909.08593, 2.2)."""
+        target = self.algorithm.kl_target
+        if target is not None and "kl/reference" in values:
+            error = min(max(values["kl/reference"] / target - 1.0, -0.2), 0.2)
+            self.kl_coefficient *= 1.0 + 0.1 * error
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """AdamW's moments and step counts (and float32 masters of narrower weights), by parameter name."""
-        return self.optimizer.state_tensors()
+        """AdamW's moments and step counts (and float32 masters of narrower weights), by parameter name; the same of a
+        critic, and its weights."""
+        return self.optimizer.state_tensors() | (self.critic.state_tensors() if self.critic else {})
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state_tensors` gave; the policy's weights are loaded by themselves."""
-        self.optimizer.load_state_tensors(tensors)
+        critic = {name: tensor for name, tensor in tensors.items() if name.startswith("critic.")}
+        if self.critic is not None:
+            self.critic.load_state_tensors(critic)
+        own = {name: tensor for name, tensor in tensors.items() if self.critic is None or name not in critic}
+        self.optimizer.load_state_tensors(own)
 
-    def state(self) -> dict[str, int]:
-        """Counters for the checkpoint's JSON."""
-        return {"optimizer_steps": self.optimizer.position, "skipped_steps": self.optimizer.num_skipped}
+    def state(self) -> dict[str, float]:
+        """Counters, and the KL coefficient where it is steered, for the checkpoint's JSON."""
+        steered = {} if self.algorithm.kl_target is None else {"kl_coefficient": self.kl_coefficient}
+        return {"optimizer_steps": self.optimizer.position, "skipped_steps": self.optimizer.num_skipped} | steered
 
-    def load_state(self, state: Mapping[str, int]) -> None:
+    def load_state(self, state: Mapping[str, float]) -> None:
         try:
             self.optimizer.position = int(state["optimizer_steps"])
             self.optimizer.num_skipped = int(state["skipped_steps"])
+            if self.critic is not None:
+                self.critic.optimizer.position = self.optimizer.position
+            if self.algorithm.kl_target is not None:
+                self.kl_coefficient = float(state["kl_coefficient"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointUnusableError(
                 f"the checkpoint's updater state {dict(state)!r} lacks a number for {error}; use another checkpoint"
             ) from error
 
     def _with_old_logprobs(self, batch: TrainBatch) -> TrainBatch:
-        """With several updates per batch, the policy's log-probabilities before the first, from one scoring pass."""
-        if self.updates_per_batch == 1 or batch.scored.old_logprobs is not None:
+        """With several updates per batch, the policy's log-probabilities before the first, from one scoring pass, or
+        the sampler's."""
+        packed = batch.scored.packed
+        if self.algorithm.old_logprobs == "sampler":
+            if torch.isnan(packed.rollout_logprobs).any():
+                raise EngineError(
+                    "algorithm.old_logprobs = 'sampler', but the engine gave no log-probabilities for some tokens. "
+                    "Use 'trainer', or an engine that gives them."
+                )
+            return replace(batch, scored=replace(batch.scored, old_logprobs=packed.rollout_logprobs))
+        if not self.needs_old_logprobs or batch.scored.old_logprobs is not None:
             return batch
-        scored = replace(batch.scored, old_logprobs=self.roles.logprobs(Role.POLICY, batch.scored.packed))
-        return replace(batch, scored=scored)
+        return replace(batch, scored=replace(batch.scored, old_logprobs=self.roles.logprobs(Role.POLICY, packed)))
 
     def _optimizer_step(self, batch: TrainBatch, first: int, last: int, totals: _Totals) -> None:
         """One optimizer step on sequences first .. last - 1."""
         packed, model = batch.scored.packed, self.roles.policy.model
         local = packed.loss_offsets[last] - packed.loss_offsets[first]
-        num_loss_tokens = all_reduce_sums({"loss_tokens": local})["loss_tokens"]
-        if num_loss_tokens == 0:
+        written = sum(b > a for a, b in pairwise(packed.loss_offsets[first : last + 1]))
+        counts = all_reduce_sums({"loss_tokens": local, "sequences": written})
+        size = MiniBatchSize(**counts, longest=self.longest)
+        if size.loss_tokens == 0:
             self.optimizer.skip()
             totals.empty_steps += 1
             return
         device_sums: dict[str, Tensor] = {}
         for micro in packed.micro_batches(packed.token_budget, first, last):
-            scored = logprobs_at_loss_tokens(model, micro, temperature=self.roles.temperature, entropy=True)
-            loss, sums = micro_batch_loss(scored, micro, batch, self.algorithm, num_loss_tokens)
+            loss, sums = micro_batch_loss(model, micro, batch, self.algorithm, size, temperature=self.roles.temperature)
             torch.autograd.backward(loss)
             for name, value in (sums | {"loss": loss.detach()}).items():
                 device_sums[name] = device_sums[name] + value if name in device_sums else value
@@ -144,7 +198,7 @@ class Updater:
         loss_is_finite, norm_is_finite = math.isfinite(sums_here["loss"]), math.isfinite(norm)
         if loss_is_finite and norm_is_finite:
             self.optimizer.step()
-            totals.add(all_reduce_sums(sums_here), num_loss_tokens, norm)
+            totals.add(all_reduce_sums(sums_here), size.loss_tokens, norm)
         else:
             self.optimizer.skip()
             totals.nonfinite_losses += not loss_is_finite
@@ -171,11 +225,15 @@ class Updater:
             "ratio/mean": totals.mean("ratio"),
             "ratio/clipped_low_share": totals.mean("clipped_low"),
             "ratio/clipped_high_share": totals.mean("clipped_high"),
+            "ratio/clipped_dual_share": totals.mean("clipped_dual"),
             "grad_norm": math.fsum(totals.grad_norms) / len(totals.grad_norms),
         }
         if "kl" in totals.sums:
             values["kl/reference"] = totals.mean("kl")
-            values["loss/kl"] = self.algorithm.kl_coefficient * totals.mean("kl")
+            if self.algorithm.kl_in == "loss":
+                values["loss/kl"] = batch.kl_coefficient * totals.mean("kl")
+            if self.algorithm.kl_target is not None:
+                values["kl/coefficient"] = batch.kl_coefficient
         if self.algorithm.entropy_coefficient:
             values["loss/entropy"] = -self.algorithm.entropy_coefficient * totals.mean("entropy")
         if totals.sums["mismatch_tokens"]:

@@ -1,21 +1,15 @@
-"""vLLM inside this process: the only file that imports it, and the only one that knows its private names.
+"""One model in one vLLM engine inside this process. The vllm_* files alone import vLLM and know its private names.
 
 Written against vLLM 0.32 and run with its CPU build. The GPU paths are meant for 0.26 and later and are UNMEASURED: no
-GPU has run them yet. What is changed in vLLM from here, each because there is no option for it:
-  - CPU: linear layers keep their weight as it is, where vLLM would repack it and leave an empty tensor behind.
-  - CPU: the rank of a sampled token, which nobody asks for, is not computed (17 s of compilation at first use).
-  - CPU: torch.set_num_threads works again afterwards; vLLM replaces it by a function that does nothing.
-  - CUDA: weights stay out of the pool that sleep mode discards, which also lets a second engine share the process.
-  - closing one engine leaves torch's process groups to the others.
+GPU has run them yet.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zs_fast.errors import EngineError, PreflightError
+from zs_fast.rollout.vllm_patches import STATE, Stopped, patch_for_good, patched_while_building, stop_watch
 from zs_fast.types import Sampling
 
 ENVIRONMENT = {
@@ -40,9 +35,6 @@ MIN_BATCHED_TOKENS = 4096
 MIN_TEMPERATURE = 0.01
 """vLLM raises a temperature between 0 and this to this."""
 SMALLEST_CPU_HEAD = 32
-
-Stopped = Callable[[Sequence[int]], bool]
-"""Does the completion end with the last of these sampled ids?"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +56,8 @@ class CoreSettings:
     empty: bool = False
     """Weights are written into it afterwards, none are read."""
     enforce_eager: bool = False
+    pooled_kv: bool = False
+    """CUDA: the cache lies in a pool that can be unmapped."""
     lora_rank: int = 0
     """Rank of all adapters; 0 builds no adapter slots."""
     num_adapters: int = 0
@@ -82,15 +76,6 @@ class Finished:
     num_prompt_tokens: int
     num_cached_tokens: int
     """Of the prompt, those whose keys and values were still there."""
-
-
-@dataclass(slots=True)
-class _CoreState:
-    live: set[int] = field(default_factory=set)
-    is_patched: bool = False
-
-
-_STATE = _CoreState()
 
 
 def require_vllm() -> Any:
@@ -150,11 +135,10 @@ class VllmCore:
 
         self.settings = settings
         self._on_cpu = settings.device.type == "cpu"
-        self._kv_bytes: dict[int, int] = {}
         _check_rank(settings)
-        _patch_for_good()
+        patch_for_good()
         try:
-            with _patched_while_building(self._on_cpu):
+            with patched_while_building(self._on_cpu):
                 self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**self._arguments()))
         except (
             ValueError,
@@ -169,7 +153,7 @@ class VllmCore:
                 f"Model {settings.name!r}: vLLM can't run it: {type(error).__name__}: {_one_line(error)} "
                 "Use engine.kind = 'transformers', or another model."
             ) from error
-        _STATE.live.add(id(self))
+        STATE.live.add(id(self))
         runner = self._engine.model_executor.driver_worker.worker.model_runner
         self._runner: Any = runner
         self.module: nn.Module = runner.get_model()
@@ -203,7 +187,7 @@ class VllmCore:
             # A seeded request whose prompt is cut into chunks winds its generator back, which CPU generators can't do.
             arguments["enable_chunked_prefill"] = False
         else:
-            arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": 0.05}
+            arguments |= {"enable_sleep_mode": settings.pooled_kv, "gpu_memory_utilization": 0.05}
         if settings.lora_rank:
             arguments |= {
                 "enable_lora": True,
@@ -240,8 +224,6 @@ class VllmCore:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        if self._kv_bytes:
-            self.acquire_kv()
         parameters = SamplingParams(
             max_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
@@ -256,7 +238,7 @@ class VllmCore:
         internal = self._engine.add_request(key, prompt, parameters, lora_request=adapter) or key
         if stopped is not None:
             # vLLM asks its detokenizer whether a stop string is there, and ends the request when it says so.
-            self._engine.output_processor.request_states[internal].detokenizer = _stop_watch(stopped)
+            self._engine.output_processor.request_states[internal].detokenizer = stop_watch(stopped)
 
     @property
     def num_unfinished(self) -> int:
@@ -292,54 +274,30 @@ class VllmCore:
         if not self._engine.reset_prefix_cache(reset_running_requests=running):
             raise EngineError("vLLM did not drop its prefix cache; keys of old weights may be left in it.")
 
-    def release_kv(self) -> int:
-        """Give the cache's memory back, with nothing unfinished; the number of bytes.
-
-        On a CPU the one allocation behind all layers shrinks to nothing; the layers' views of it stay. On CUDA that
-        would pull the memory from under captured graphs, so it is left to sleep mode (see system.memory).
-        """
-        if self._kv_bytes:
-            return 0
-        self.forget_kv()
-        for storage in self._kv_storages():
-            self._kv_bytes[storage.data_ptr()] = storage.nbytes()
-            storage.resize_(0)
-        return sum(self._kv_bytes.values())
-
-    def acquire_kv(self) -> None:
-        sizes, self._kv_bytes = list(self._kv_bytes.values()), {}
-        if sizes:
-            for storage, size in zip(self._kv_storages(), sizes, strict=True):
-                storage.resize_(size)
-
-    def _kv_storages(self) -> list[Any]:
+    def kv_storages(self) -> list[torch.UntypedStorage]:
         """The distinct allocations behind the layers' caches, in layer order."""
         tensors: list[Tensor] = [cache for cache in self._runner.kv_caches if isinstance(cache, Tensor)]
-        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
-        return list(storages.values())
+        return list({tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values())
+
+    def note_kv_mapped(self) -> None:
+        """The cache has memory again: some versions rebuild tables that point into it."""
+        rebuild = getattr(self._runner, "post_kv_cache_wake_up", None)
+        if rebuild is not None:
+            rebuild()
 
     def close(self) -> None:
         """End the engine. Tensors that others view live on."""
-        if id(self) in _STATE.live:
-            _STATE.live.discard(id(self))
+        if id(self) in STATE.live:
+            STATE.live.discard(id(self))
             self._engine.engine_core.shutdown()
             self._engine = self._runner = None
 
 
-def _stop_watch(stopped: Stopped) -> Any:
-    """What vLLM takes for a detokenizer: it keeps the ids as they are, and says when the completion ends."""
-    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
-
-    class StopWatch(IncrementalDetokenizer):
-        def update(self, new_token_ids: list[int], stop_terminated: bool) -> str | None:
-            for place, token in enumerate(new_token_ids):
-                self.token_ids.append(token)
-                is_last = place == len(new_token_ids) - 1
-                if not (stop_terminated and is_last) and stopped(self.token_ids):
-                    return "stop string"
-            return None
-
-    return StopWatch()
+def _one_line(error: BaseException) -> str:
+    """The first telling line of what may be pages of a validation report."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    useful = [line for line in lines if not line.startswith(("1 validation error", "For further information"))]
+    return (useful or lines or [""])[0][:300]
 
 
 def _check_rank(settings: CoreSettings) -> None:
@@ -348,67 +306,3 @@ def _check_rank(settings: CoreSettings) -> None:
             f"The adapter's rank is {settings.lora_rank}; vLLM has slots for ranks "
             f"{', '.join(map(str, LORA_RANKS))}, and sharing needs one of those exactly."
         )
-
-
-def _patch_for_good() -> None:
-    """Changes that hold for the rest of the process."""
-    if _STATE.is_patched:
-        return
-    import vllm.v1.engine.core as core
-    import vllm.v1.sample.sampler as sampler
-    from vllm.platforms import current_platform
-
-    clean_up = core.cleanup_dist_env_and_memory
-
-    def clean_up_after_the_last(*args: Any, **kwargs: Any) -> None:
-        if not _STATE.live:
-            clean_up(*args, **kwargs)
-
-    core.cleanup_dist_env_and_memory = clean_up_after_the_last
-    if current_platform.is_cpu():
-        sampler.batched_count_greater_than = _no_ranks
-    _STATE.is_patched = True
-
-
-def _no_ranks(logprobs: Tensor, values: Tensor) -> Tensor:
-    return torch.zeros(logprobs.shape[0], dtype=torch.int64, device=logprobs.device)
-
-
-@contextmanager
-def _patched_while_building(on_cpu: bool) -> Iterator[None]:
-    """Changes that one engine needs while it loads its model and allocates."""
-    import vllm.model_executor.layers.utils as layer_utils
-    from vllm.v1.worker.gpu_worker import Worker
-
-    set_num_threads = torch.set_num_threads
-    dispatch, pool = layer_utils.dispatch_cpu_unquantized_gemm, Worker._maybe_get_memory_pool_context
-    long_contexts = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN")
-    # One more than the model's positions is asked for where the context may fill them; see max_model_len.
-    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-
-    def keep_weight(layer: Any, remove_weight: bool) -> None:
-        layer.cpu_linear = nn.functional.linear
-
-    def pool_without_weights(worker: Any, tag: str) -> Any:
-        return nullcontext() if tag == "weights" else pool(worker, tag)
-
-    if on_cpu:
-        layer_utils.dispatch_cpu_unquantized_gemm = keep_weight
-    Worker._maybe_get_memory_pool_context = pool_without_weights
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        layer_utils.dispatch_cpu_unquantized_gemm = dispatch
-        Worker._maybe_get_memory_pool_context = pool
-        if long_contexts is None:
-            del os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"]
-        else:
-            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = long_contexts
-
-
-def _one_line(error: BaseException) -> str:
-    """The first telling line of what may be pages of a validation report."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    useful = [line for line in lines if not line.startswith(("1 validation error", "For further information"))]
-    return (useful or lines or [""])[0][:300]

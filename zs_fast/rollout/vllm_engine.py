@@ -7,7 +7,7 @@ rules as in the embedded engine. Token ids go in and come out as they are: vLLM 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from zs_fast.rollout.vllm_core import (
     check_device,
     default_device,
 )
+from zs_fast.rollout.vllm_kv import CpuKv, CudaKv
 from zs_fast.search.codec import Codec
 from zs_fast.types import Completion, FinishReason, Role, Sampling
 
@@ -58,9 +59,11 @@ class VllmEngine:
         frozen: Collection[Role] = (),
         kv_cache_bytes: int | None = None,
         enforce_eager: bool = False,
+        wake: Callable[[Any], None] | None = None,
     ) -> None:
         """`kv_cache_bytes` is per model; by default what `slots` sequences of full length need. `device` must be the
-        one that the installed vLLM was built for.
+        one that the installed vLLM was built for. `wake` maps the cache's pool on CUDA again; without it `release_kv`
+        frees nothing there.
         """
         device = check_device(device)
         if slots < 1:
@@ -82,15 +85,25 @@ class VllmEngine:
                 device=device,
                 kv_cache_bytes=kv_cache_bytes,
                 enforce_eager=enforce_eager,
+                pooled_kv=wake is not None,
                 frozen=all(role in frozen for role in roles),
             )
             self._served.append(served)
             self._lanes |= {role: _Lane(role, served, limits[role]) for role in roles}
+        self._kv_is_released = False
+        cores = [served.core for served in self._served]
+        self._kv: CpuKv | CudaKv | None = None
+        if device.type == "cpu":
+            self._kv = CpuKv(cores)
+        elif wake is not None:
+            self._kv = CudaKv(cores, wake)
 
     def add(
         self, request_id: int, prompt_ids: list[int], sampling: Sampling, *, role: Role, cache_salt: str | None = None
     ) -> None:
-        self._lane(role).add(request_id, prompt_ids, sampling, self._version)
+        lane = self._lane(role)
+        self.acquire_kv()
+        lane.add(request_id, prompt_ids, sampling, self._version)
 
     def step(self) -> list[Completion]:
         completions = []
@@ -122,13 +135,20 @@ class VllmEngine:
         if busy:
             counts = ", ".join(f"{count} of {role}" for role, count in busy.items())
             raise EngineError(f"release_kv with unfinished requests ({counts}). Step until they are finished.")
-        return sum(served.core.release_kv() for served in self._served)
+        if self._kv is None or self._kv_is_released:
+            return 0
+        for served in self._served:
+            served.core.forget_kv()
+        self._kv_is_released = True
+        return self._kv.release()
 
     def acquire_kv(self) -> None:
-        for served in self._served:
-            served.core.acquire_kv()
+        if self._kv is not None and self._kv_is_released:
+            self._kv.acquire()
+            self._kv_is_released = False
 
     def close(self) -> None:
+        self._kv = None
         for served in self._served:
             served.core.close()
         self._lanes, self._served = {}, []
@@ -165,6 +185,7 @@ class _ServedModel:
         device: torch.device,
         kv_cache_bytes: int | None,
         enforce_eager: bool,
+        pooled_kv: bool,
         frozen: bool,
     ) -> None:
         _check_model(loaded, roles, max_context_tokens)
@@ -192,6 +213,7 @@ class _ServedModel:
                     or _kv_bytes(loaded.model.config, parameter.dtype, slots, max_context_tokens),
                     empty=empty,
                     enforce_eager=enforce_eager,
+                    pooled_kv=pooled_kv,
                 )
             )
         share(loaded, served_tensors(self.core.module))

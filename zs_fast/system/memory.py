@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -108,6 +108,11 @@ class Memory:
 
     def _raise_to(self, name: str, value: float) -> None:
         self._timings[name] = max(self._timings.get(name, 0.0), float(value))
+
+
+def wake_kv_cache(allocator: Any) -> None:
+    """Map vLLM's key-value cache again, in a pool that was told to unmap it; nothing else of the pool is touched."""
+    allocator.wake_up(tags=["kv_cache"])
 
 
 def peak_rss_bytes() -> int:

@@ -1,0 +1,140 @@
+"""The critic of PPO: a trunk with a linear head that guesses, before each token the policy writes, how it will end.
+
+Its value at token n is read from the hidden state that the token is drawn from, as the log-probability is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from zs_fast.config import CriticConfig, TrainConfig
+from zs_fast.errors import CheckpointUnusableError
+from zs_fast.learn.batch import MicroBatch, TrainBatch
+from zs_fast.learn.optimizer import Optimizer, Schedule
+from zs_fast.learn.policy import hidden_states, training_mode
+from zs_fast.models.load import LoadedModel
+from zs_fast.system.distributed import all_reduce_sums
+from zs_kernels.value_loss import value_loss
+
+
+class Critic(nn.Module):
+    """A causal language model's trunk, and a value head in float32 that starts at 0 everywhere."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__()
+        self.trunk: nn.Module = loaded.model.model
+        size = loaded.model.config.get_text_config().hidden_size
+        self.value_head = nn.Linear(size, 1, dtype=torch.float32, device=loaded.model.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    @property
+    def model(self) -> nn.Module:
+        """The trunk, where `hidden_states` looks for it."""
+        return self.trunk
+
+    def values(self, micro: MicroBatch) -> Tensor:
+        """[m] float32: the value before each loss token."""
+        hidden = hidden_states(self, micro).index_select(0, micro.loss_index)
+        values: Tensor = self.value_head(hidden.float()).squeeze(1)
+        return values
+
+
+class CriticUpdater:
+    """Trains a critic in place on what the policy is trained on, with an AdamW of its own."""
+
+    def __init__(self, critic: Critic, config: CriticConfig, train: TrainConfig, *, total_steps: int) -> None:
+        self.critic, self.config, self.train = critic, config, train
+        schedule = Schedule(
+            peak=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            total_steps=total_steps * train.mini_batches * train.epochs,
+            final_fraction=train.final_learning_rate_fraction,
+        )
+        self.optimizer = Optimizer(
+            critic,
+            schedule,
+            betas=train.betas,
+            eps=train.adam_eps,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm,
+        )
+
+    def update(self, batch: TrainBatch) -> dict[str, float]:
+        """Take the batch's optimizer steps towards its returns; metrics under `critic/`. One host sync per step."""
+        packed = batch.scored.packed
+        taken: list[dict[str, float]] = []
+        skipped = 0
+        with training_mode(self.critic.trunk, gradient_checkpointing=self.train.gradient_checkpointing):
+            for _ in range(self.train.epochs):
+                for first, last in packed.mini_batches(self.train.mini_batches):
+                    sums = self._optimizer_step(batch, first, last)
+                    taken += [sums] if sums else []
+                    skipped += not sums
+        tokens = sum(sums["tokens"] for sums in taken)
+        values = {"critic/skipped_steps": float(skipped)} | _explained_variance(batch)
+        if tokens:
+            values |= {
+                "critic/loss": sum(sums["loss"] * sums["tokens"] for sums in taken) / tokens,
+                "critic/value_mean": sum(sums["value"] for sums in taken) / tokens,
+                "critic/clipped_share": sum(sums["clipped"] for sums in taken) / tokens,
+                "critic/grad_norm": sum(sums["grad_norm"] for sums in taken) / len(taken),
+            }
+        return values
+
+    def _optimizer_step(self, batch: TrainBatch, first: int, last: int) -> dict[str, float]:
+        """The step's sums; empty where it was left out (no loss token, or a number that is not finite)."""
+        packed = batch.scored.packed
+        assert batch.returns is not None and batch.scored.old_values is not None, "a critic needs returns to train to"
+        local = packed.loss_offsets[last] - packed.loss_offsets[first]
+        tokens = all_reduce_sums({"loss_tokens": local})["loss_tokens"]
+        sums = torch.zeros(4, device=packed.inputs.device)
+        for micro in packed.micro_batches(packed.token_budget, first, last):
+            values = self.critic.values(micro)
+            result = value_loss(
+                values,
+                micro.at_loss_tokens(batch.scored.old_values),
+                micro.at_loss_tokens(batch.returns),
+                torch.full_like(values, 1.0 / tokens, requires_grad=False),
+                clip_range=self.config.value_clip,
+            )
+            torch.autograd.backward(result.loss)
+            sums[:3] += torch.stack([result.loss.detach(), result.value_sum, result.clipped])
+        sums[3] = self.optimizer.clip_gradients()
+        loss, value, clipped, grad_norm = sums.tolist()
+        if not tokens or not math.isfinite(loss) or not math.isfinite(grad_norm):
+            self.optimizer.skip()
+            return {}
+        self.optimizer.step()
+        totals = all_reduce_sums({"loss": loss, "value": value, "clipped": clipped})
+        return totals | {"tokens": tokens, "grad_norm": grad_norm}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Weights, and the optimizer's state, by names that begin with `critic.`"""
+        weights = {f"critic.weights.{name}": tensor.detach() for name, tensor in self.critic.state_dict().items()}
+        return weights | {f"critic.{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state_tensors` gave."""
+        own = {name.removeprefix("critic."): t for name, t in tensors.items() if name.startswith("critic.")}
+        weights = {name.removeprefix("weights."): own.pop(name) for name in list(own) if name.startswith("weights.")}
+        missing = self.critic.state_dict().keys() - weights.keys()
+        if missing:
+            raise CheckpointUnusableError(f"The checkpoint holds no critic weight {min(missing)!r}; use another one.")
+        self.critic.load_state_dict(weights)
+        self.optimizer.load_state_tensors(own)
+
+
+def _explained_variance(batch: TrainBatch) -> dict[str, float]:
+    """Share of the returns' variance that the values of the rollout had foreseen: 1 all, 0 none."""
+    packed = batch.scored.packed
+    assert batch.returns is not None and batch.scored.old_values is not None
+    returns = batch.returns[packed.loss_index].double()
+    errors = returns - batch.scored.old_values[packed.loss_index].double()
+    if returns.numel() < 2 or not float(returns.var()):
+        return {}
+    return {"critic/explained_variance": 1.0 - float(errors.var() / returns.var())}
