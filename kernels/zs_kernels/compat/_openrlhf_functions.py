@@ -80,15 +80,6 @@ def masked_normalize(tensor: Tensor, mask: Tensor, dim: int = 1, eps: float = 1e
     return normal.to(torch.promote_types(tensor.dtype, mask.dtype))
 
 
-def _flat_gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages [B, T] with every token an action."""
-    rows, length = rewards.shape
-    bounds = torch.arange(0, rows * length + 1, max(length, 1), device=rewards.device)
-    everywhere = torch.ones(rows * length, dtype=torch.bool, device=rewards.device)
-    advantages, _ = gae(rewards.reshape(-1), values.reshape(-1), everywhere, bounds, gamma=gamma, lam=lam)
-    return advantages.view(rows, length)
-
-
 def _selected(op: str, action_mask: Tensor | None, *tensors: Tensor) -> list[Tensor]:
     if action_mask is None:
         return list(tensors)
@@ -105,7 +96,9 @@ def get_advantages_and_returns(
     require_floating(op, "values", values)
     require_floating(op, "rewards", rewards, shape=tuple(values.shape))
     values, rewards = _selected(op, action_mask, values, rewards)
-    advantages = _flat_gae(rewards, values, gamma, lambd).to(torch.promote_types(values.dtype, rewards.dtype))
+    advantages = gae(rewards, values, None, gamma=gamma, lam=lambd)[0].to(
+        torch.promote_types(values.dtype, rewards.dtype)
+    )
     return advantages, advantages + values
 
 
@@ -115,7 +108,7 @@ def get_cumulative_returns(rewards: Tensor, action_mask: Tensor | None, gamma: f
     op = "get_cumulative_returns"
     require_floating(op, "rewards", rewards)
     (rewards,) = _selected(op, action_mask, rewards)
-    return _flat_gae(rewards, torch.zeros_like(rewards), gamma, 1.0).to(rewards.dtype)
+    return gae(rewards, torch.zeros_like(rewards), None, gamma=gamma)[0].to(rewards.dtype)
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from zs_kernels._check import require, require_floating
 from zs_kernels.compat._rows import boolean
-from zs_kernels.compat._verl_functional import masked_whiten
-from zs_kernels.gae import gae
-from zs_kernels.group_advantages import group_advantages
+from zs_kernels.compat._verl_functional import masked_whiten, require_two
+from zs_kernels.gae import gae, gae_with_statistics, whiten_advantages
+from zs_kernels.group_advantages import group_advantages, group_ids
 
 
 def _checked(op: str, rewards: Tensor, response_mask: Tensor, argument: str = "token_level_rewards") -> Tensor:
@@ -27,17 +27,19 @@ def _checked(op: str, rewards: Tensor, response_mask: Tensor, argument: str = "t
     return boolean(op, "response_mask", response_mask)
 
 
-def _packed_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """Raw advantages [B, T] of padded rows; a masked position has that of the next unmasked one (0 behind the last)."""
-    rows, length = rewards.shape
-    bounds = torch.arange(0, rows * length + 1, max(length, 1), device=rewards.device)
-    arguments = (rewards.reshape(-1), values.reshape(-1), mask.reshape(-1), bounds)
-    advantages = gae(*arguments, gamma=float(gamma), lam=float(lam))[0].view(rows, length)
+def _carried(advantages: Tensor, mask: Tensor) -> Tensor:
+    """[B, T]: a masked position has what the next unmasked one has, 0 behind the last."""
+    length = advantages.shape[1]
     if length == 0:
         return advantages
     position = torch.where(mask, torch.arange(length, device=mask.device), length)
     following = position.flip(1).cummin(dim=1).values.flip(1)
     return torch.nn.functional.pad(advantages, (0, 1)).gather(1, following)
+
+
+def _returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Discounted sums of the unmasked rewards from each unmasked token on: the advantage against values of 0."""
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma=float(gamma))[0]
 
 
 @torch.no_grad()
@@ -54,30 +56,36 @@ def compute_gae_advantage_return(
     masked tokens are not read for the advantages. Raises ValueError for fewer than two unmasked tokens.
     """
     mask = _checked("compute_gae_advantage_return", token_level_rewards, response_mask)
-    raw = _packed_gae(token_level_rewards, values, mask, gamma, lam)
+    found = gae_with_statistics(token_level_rewards, values, mask, gamma=float(gamma), lam=float(lam))
+    require_two(found.statistics[0])
+    raw = _carried(found.advantages, mask)
     dtype = torch.promote_types(torch.promote_types(token_level_rewards.dtype, values.dtype), response_mask.dtype)
-    return masked_whiten(raw, mask).to(dtype), (raw + values).to(dtype)
+    return whiten_advantages(raw, None, found.statistics).to(dtype), (raw + values).to(dtype)
 
 
-def group_ids(index: Any, device: torch.device) -> tuple[Tensor, int]:
-    """(group of each response [B] int64, number of groups) from labels, in the order in which they first occur."""
-    known: dict[Any, int] = {}
-    labels = index.tolist() if hasattr(index, "tolist") else list(index)
-    ids = [known.setdefault(label, len(known)) for label in labels]
-    return torch.tensor(ids, dtype=torch.int64, device=device), len(known)
+def _ids(op: str, index: Any, rewards: Tensor) -> tuple[Tensor, int]:
+    """(group of each response [B], number of groups) from labels."""
+    ids, number = group_ids(index.tolist() if hasattr(index, "tolist") else index)
+    require(len(ids) == rewards.shape[0], op, "index", f"{rewards.shape[0]} labels", len(ids))
+    return ids.to(rewards.device), number
 
 
 def _grouped(
-    op: str, token_level_rewards: Tensor, response_mask: Tensor, index: Any, mode: str, epsilon: float = 1e-6
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(score of each response [B], its advantage, whether it is the only one of its group)."""
+    op: str,
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    mode: str,
+    *,
+    epsilon: float = 1e-6,
+    keep_singletons: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(score of each response [B], its advantage), in the type of the rewards."""
     _checked(op, token_level_rewards, response_mask)
     scores = token_level_rewards.sum(dim=-1)
-    ids, number = group_ids(index, scores.device)
-    require(len(ids) == len(scores), op, "index", f"{len(scores)} labels", len(ids))
-    found = group_advantages(scores, ids, number, mode=mode, eps=epsilon)
-    alone = torch.bincount(ids, minlength=number)[ids] == 1
-    return scores, found.advantages.to(scores.dtype), alone
+    groups = _ids(op, index, token_level_rewards)
+    found = group_advantages(scores, *groups, mode=mode, eps=epsilon, keep_singletons=keep_singletons)
+    return scores, found.advantages.to(scores.dtype)
 
 
 def _spread(advantages: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,9 +108,7 @@ def compute_grpo_outcome_advantage(
     """
     op = "compute_grpo_outcome_advantage"
     mode = "grpo" if norm_adv_by_std_in_grpo else "dr_grpo"
-    scores, advantages, alone = _grouped(op, token_level_rewards, response_mask, index, mode, epsilon)
-    own = scores / (1.0 + epsilon) if norm_adv_by_std_in_grpo else scores
-    return _spread(torch.where(alone, own, advantages), response_mask)
+    return _spread(_grouped(op, token_level_rewards, response_mask, index, mode, epsilon=epsilon)[1], response_mask)
 
 
 def compute_grpo_vectorized_outcome_advantage(
@@ -128,8 +134,7 @@ def compute_rloo_outcome_advantage(
 ) -> tuple[Tensor, Tensor]:
     """The score less the mean of the group's others; the only response of its group keeps its score."""
     op = "compute_rloo_outcome_advantage"
-    scores, advantages, alone = _grouped(op, token_level_rewards, response_mask, index, "rloo")
-    return _spread(torch.where(alone, scores, advantages), response_mask)
+    return _spread(_grouped(op, token_level_rewards, response_mask, index, "rloo")[1], response_mask)
 
 
 @torch.no_grad()
@@ -143,7 +148,7 @@ def compute_rloo_vectorized_outcome_advantage(
 ) -> tuple[Tensor, Tensor]:
     """`compute_rloo_outcome_advantage`, but the only response of its group gets 0."""
     op = "compute_rloo_vectorized_outcome_advantage"
-    _, advantages, _ = _grouped(op, token_level_rewards, response_mask, index, "rloo")
+    _, advantages = _grouped(op, token_level_rewards, response_mask, index, "rloo", keep_singletons=False)
     return _spread(advantages, response_mask)
 
 
@@ -158,8 +163,8 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
 ) -> tuple[Tensor, Tensor]:
     """The score less its group's mean, whitened over the batch's tokens (arXiv:2501.03262)."""
     op = "compute_reinforce_plus_plus_baseline_outcome_advantage"
-    scores, advantages, alone = _grouped(op, token_level_rewards, response_mask, index, "dr_grpo")
-    spread, _ = _spread(torch.where(alone, scores, advantages), response_mask)
+    _, advantages = _grouped(op, token_level_rewards, response_mask, index, "dr_grpo")
+    spread, _ = _spread(advantages, response_mask)
     whitened = masked_whiten(spread, response_mask) * response_mask
     return whitened, whitened
 
@@ -172,8 +177,7 @@ def compute_reinforce_plus_plus_outcome_advantage(
     mask = _checked("compute_reinforce_plus_plus_outcome_advantage", token_level_rewards, response_mask)
     if config is None:
         raise AssertionError("compute_reinforce_plus_plus_outcome_advantage: config.gamma is needed")
-    raw = _packed_gae(token_level_rewards, torch.zeros_like(token_level_rewards), mask, config.gamma, 1.0)
-    returns = torch.where(mask, raw, 0.0).to(token_level_rewards.dtype)
+    returns = _returns(token_level_rewards, mask, config.gamma).to(token_level_rewards.dtype)
     return masked_whiten(returns, mask) * response_mask, returns
 
 
@@ -187,8 +191,7 @@ def compute_remax_outcome_advantage(
 ) -> tuple[Tensor, Tensor]:
     """Sum of the rewards from each token on, less the baseline of its response [B]."""
     mask = _checked("compute_remax_outcome_advantage", token_level_rewards, response_mask)
-    returns = _packed_gae(token_level_rewards, torch.zeros_like(token_level_rewards), mask, 1.0, 1.0)
-    returns = returns.to(token_level_rewards.dtype)
+    returns = _carried(_returns(token_level_rewards, mask, 1.0), mask).to(token_level_rewards.dtype)
     return returns - reward_baselines.unsqueeze(-1) * response_mask, returns
 
 
@@ -205,8 +208,7 @@ def compute_opo_outcome_advantage(
     op = "compute_opo_outcome_advantage"
     _checked(op, token_level_rewards, response_mask)
     scores, lengths = token_level_rewards.sum(dim=-1), response_mask.sum(dim=-1).double()
-    ids, number = group_ids(index, scores.device)
-    require(len(ids) == len(scores), op, "index", f"{len(scores)} labels", len(ids))
+    ids, number = _ids(op, index, token_level_rewards)
     sums = lengths.new_zeros(2, number).index_add_(1, ids, torch.stack([lengths * scores, lengths]))
     baseline = (sums[0] / sums[1].clamp(min=1.0))[ids]
     alone = torch.bincount(ids, minlength=number)[ids] == 1
@@ -229,6 +231,6 @@ def compute_gpg_outcome_advantage(
     As in verl, `alpha` is not read.
     """
     op = "compute_gpg_outcome_advantage"
-    scores, advantages, alone = _grouped(op, token_level_rewards, response_mask, index, "dr_grpo")
+    scores, advantages = _grouped(op, token_level_rewards, response_mask, index, "dr_grpo")
     scale = scores.shape[0] / torch.count_nonzero(scores).clamp(min=1)
-    return _spread(scale * torch.where(alone, scores, advantages) / f_norm, response_mask)
+    return _spread(scale * advantages / f_norm, response_mask)

@@ -75,14 +75,13 @@ def masked_mean(values: Tensor, mask: Tensor, axis: Axis = None) -> Tensor:
     return masked_sum(values, mask, axis) / (count + 1e-8)
 
 
-def _require_two(mask: Tensor) -> Tensor:
-    """Number of unmasked entries. Raises ValueError for 0 or 1, as verl does."""
-    count = mask.sum()
-    if count == 0:
+def require_two(count: Tensor) -> None:
+    """Raise ValueError for 0 or 1 unmasked entries, as verl does."""
+    number = int(count)
+    if number == 0:
         raise ValueError("At least one element in the mask has to be 1.")
-    if count == 1:
+    if number == 1:
         raise ValueError("The sum of the mask is one, which can cause a division by zero.")
-    return count
 
 
 def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
@@ -90,7 +89,8 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     centred = torch.where(mask.bool(), _wide(values), 0.0) - masked_mean(_wide(values), mask)
     variance = masked_mean(centred * centred, mask)
     if unbiased:
-        count = _require_two(mask)
+        count = mask.sum()
+        require_two(count)
         variance = variance * (count / (count - 1))
     return variance.to(torch.promote_types(values.dtype, mask.dtype))
 
@@ -98,7 +98,7 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """(values - mean) / sqrt(unbiased variance + 1e-8), masked entries too; raises ValueError for fewer than two."""
     chosen = boolean("masked_whiten", "mask", mask)
-    _require_two(chosen)
+    require_two(chosen.sum())
     whitened = whiten(values, chosen, shift_mean=shift_mean, eps=1e-8, ddof=1, masked_value=None)
     return whitened.to(torch.promote_types(values.dtype, mask.dtype))
 

@@ -17,7 +17,7 @@ from zs_kernels.testing import assert_no_worse_than_torch, seeded
 
 B, T = 5, 8
 SIZES = ({}, {"dp_size": 4, "batch_num_tokens": 77.0, "global_batch_size": 9.0})
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2**-9}
+FLOOR = {torch.float32: 4e-6, torch.bfloat16: 2**-9}
 
 
 def mask(dtype=torch.float32):

@@ -1,6 +1,7 @@
 """Log-probs, entropy and the chunked head of zs_kernels.compat.trl against TRL 1.16 itself, forward and backward.
 
-Held to TRL in float64: the error may be 1.1 times TRL's own in the same type plus a floor (1e-6 in float32; in bfloat16
+Held to TRL in float64: the error may be 1.1 times TRL's own in the same type plus a floor (4e-6 in float32, where
+the backward pass has the log-sum-exp of a peaky row, near 30, rounded to half a unit of 2e-6; in bfloat16
 both round the result once, half a unit in the last place, 2^-9 relative).
 """
 
@@ -15,7 +16,7 @@ import torch
 from zs_kernels.compat import trl
 from zs_kernels.testing import assert_no_worse_than_torch, seeded
 
-FLOOR = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2**-9}
+FLOOR = {torch.float32: 4e-6, torch.float64: 1e-12, torch.bfloat16: 2**-9}
 DTYPES = list(FLOOR)
 
 

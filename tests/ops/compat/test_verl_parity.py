@@ -22,7 +22,7 @@ B, T = 6, 9
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 PENALTIES = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "kl+", "k1+", "abs+", "k2+", "k3+", "low_var_kl+")
 LOSSES = ("vanilla", "gspo", "cispo", "gpg", "reinforce")
-FLOOR = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2**-9}
+FLOOR = {torch.float32: 4e-6, torch.float64: 1e-12, torch.bfloat16: 2**-9}
 
 
 def mask(dtype=torch.int64, *, seed=3):
