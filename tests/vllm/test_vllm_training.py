@@ -25,6 +25,7 @@ def small_run(output: Path, **overrides: object):
     small = {
         "output": output,
         "engine.kind": "vllm",
+        "engine.release_kv": "true",
         "train.steps": STEPS,
         "train.questions_per_step": 3,
         "train.group_size": 3,
@@ -62,6 +63,9 @@ def test_a_run_samples_with_what_it_trained_in_the_step_before(whole_run):
     assert all(row["logprobs/rollout_mismatch"] < 1e-5 for row in steps)
     assert sum(row.get("grad_norm", 0.0) > 0 for row in steps) >= 2
     assert len({state(whole_run, step) for step in range(1, STEPS + 1)}) == STEPS
+    timings = [json.loads(line) for line in (whole_run / "timings.jsonl").read_text().splitlines()]
+    released = [row["kv_released_bytes"] for row in timings if "kv_released_bytes" in row]
+    assert len(released) == STEPS and all(size > 100e6 for size in released)
     summary = json.loads((whole_run / "summary.json").read_text())
     assert 0.0 <= summary["f1_after"] <= 1.0
 
