@@ -268,8 +268,10 @@ def group_advantages(
     require(ddof in (0, 1), OP, "ddof", "0 or 1", ddof)
     token_shape = _token_shape(rewards, mask, cu_seqlens, S, per_token)
     summed = per_token or rewards.dim() == 2
+    max_seqlen = 0
     if token_shape and not packed:
-        cu_seqlens = torch.arange(S + 1, device=rewards.device) * token_shape[1]
+        max_seqlen = token_shape[1]
+        cu_seqlens = torch.arange(S + 1, device=rewards.device) * max_seqlen
     flat_mask = None if mask is None else mask.flatten()
     rewards = rewards.detach().flatten()
     num_tokens = 0 if cu_seqlens is None else (rewards if flat_mask is None else flat_mask).numel()
@@ -281,7 +283,7 @@ def group_advantages(
     )
     if returns_of_tokens:
         assert cu_seqlens is not None
-        spread, statistics = _whitened_returns(rewards, valid, flat_mask, cu_seqlens, ids, eps, ddof)
+        spread, statistics = _whitened_returns(rewards, valid, flat_mask, cu_seqlens, max_seqlen, ids, eps, ddof)
         advantages = whiten_advantages(advantages, valid, statistics, ddof=ddof, eps=eps)
     has_statistics = mode == "batch_std" or mode in WHITENING_MODES
     return GroupAdvantages(
@@ -317,6 +319,7 @@ def _whitened_returns(
     valid: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor,
+    max_seqlen: int,
     ids: tuple[Tensor, int],
     eps: float,
     ddof: int,
@@ -329,7 +332,7 @@ def _whitened_returns(
         mask = spread > 0.0
     # A return is the advantage against values of 0.
     whitened, _, statistics = torch.ops.zs_kernels.gae(
-        rewards, torch.zeros_like(rewards), mask, cu_seqlens, None, None, None, 1.0, 1.0, "carry", 0,
+        rewards, torch.zeros_like(rewards), mask, cu_seqlens, None, None, None, 1.0, 1.0, "carry", max_seqlen,
         True, True, ddof, eps, True,
     )  # fmt: skip
     return whitened, statistics
