@@ -69,7 +69,7 @@ def fused_loss_masked(device: str, name: str, T: int, H: int, V: int) -> Case:
     variants = Variants()
     variants.add(PRODUCTS, ways.three_products(head))
     variants.add(NAIVE, ways.with_torch_loss(head, ways.naive))
-    variants.add(KEPT, ways.with_torch_loss(head, ways.naive, rows=head.kept))
+    variants.add(KEPT, ways.with_torch_loss(head, ways.naive, rows=head.mask.nonzero().squeeze(1)))
     grpo = find("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
     variants.add_peer(LIGER, grpo, lambda: ways.liger_grpo(head, grpo)())
     variants.add(OURS, ways.ours(head))
@@ -114,7 +114,7 @@ def head_forward(device: str, name: str, T: int, H: int, V: int) -> Case:
     head = ways.make_head(device, T, H, V)
     hidden, weight, index = head.hidden.detach(), head.weight.detach(), head.index
     variants = Variants()
-    variants.add("one GEMM", lambda: hidden @ weight.T and None)
+    variants.add("one GEMM", lambda: {"logits": hidden @ weight.T})
     variants.add(NAIVE, lambda: {"logprobs": ways.naive(hidden, weight, index)})
     chunked = find("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")
     variants.add_peer(TRL_CHUNKED, chunked, lambda: {"logprobs": ways.trl_chunked(chunked)(hidden, weight, index)})
