@@ -12,6 +12,7 @@ from zs_kernels._check import require, require_floating
 from zs_kernels.compat._openrlhf_functions import masked_mean
 from zs_kernels.compat._rows import boolean, constant, sequence_log_ratio
 from zs_kernels.policy_loss import policy_loss
+from zs_kernels.value_loss import value_loss
 
 Number = Tensor | float | None
 
@@ -178,9 +179,11 @@ class ValueLoss(nn.Module):
         global_batch_size: Number = None,
     ) -> Tensor:
         """Scalar loss of values [B, T]; old_values are read with clip_eps alone."""
-        loss = (values - returns) ** 2
-        if self.clip_eps is not None:
-            clipped = old_values + (values - old_values).clamp(-self.clip_eps, self.clip_eps)
-            loss = torch.maximum((clipped - returns) ** 2, loss)
-        sizes = (dp_size, batch_num_tokens, global_batch_size)
-        return 0.5 * aggregate_loss(loss, action_mask, self.token_level_loss, *sizes)
+        op = "ValueLoss"
+        constant(op, old_values=old_values, returns=returns)
+        mask = torch.ones_like(values, dtype=torch.bool) if action_mask is None else action_mask
+        weights = _weights(mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+        valid = boolean(op, "action_mask", mask)
+        old = None if self.clip_eps is None else old_values
+        found = value_loss(values, old, returns, weights, clip_range=self.clip_eps, mask=valid)
+        return found.loss.to(torch.promote_types(values.dtype, returns.dtype))

@@ -99,7 +99,7 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
     """(values - mean) / sqrt(unbiased variance + 1e-8), masked entries too; raises ValueError for fewer than two."""
     chosen = boolean("masked_whiten", "mask", mask)
     require_two(chosen.sum())
-    whitened = whiten(values, chosen, shift_mean=shift_mean, eps=1e-8, ddof=1, masked_value=None)
+    whitened = whiten(values, chosen, shift_mean=shift_mean, preset="verl")
     return whitened.to(torch.promote_types(values.dtype, mask.dtype))
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from zs_kernels._check import require, require_floating
-from zs_kernels.compat._rows import constant
-from zs_kernels.compat._verl_functional import entropy_from_logits, masked_mean
+from zs_kernels.compat._rows import boolean, constant
+from zs_kernels.compat._verl_functional import entropy_from_logits
 from zs_kernels.kl_estimates import kl_estimates
 from zs_kernels.policy_loss import PolicyLoss, policy_loss
+from zs_kernels.value_loss import value_loss
 
 Losses = tuple[Tensor, dict[str, Any]]
 
@@ -273,11 +274,14 @@ def compute_value_loss(
     loss_scale_factor: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(half the larger of the plain and the clipped square error, share of tokens where the clipped one is larger)."""
-    clipped = torch.maximum(torch.minimum(vpreds, values + cliprange_value), values - cliprange_value)
-    plain, cut = (vpreds - returns) ** 2, (clipped - returns) ** 2
+    op = "compute_value_loss"
+    constant(op, returns=returns, values=values)
     sizes = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-    loss = 0.5 * agg_loss(torch.maximum(plain, cut), response_mask, loss_agg_mode, *sizes)
-    return loss, masked_mean((cut > plain).float(), response_mask)
+    weights = _weights(response_mask, loss_agg_mode, *sizes)
+    mask = boolean(op, "response_mask", response_mask)
+    found = value_loss(vpreds, values, returns, weights, clip_range=cliprange_value, mask=mask)
+    dtype = _promoted(vpreds, returns, values, response_mask)
+    return found.loss.to(dtype), found.clipped / found.token_count.clamp(min=1.0)
 
 
 def compute_entropy_loss(logits: Tensor, response_mask: Tensor, loss_agg_mode: str = "token-mean") -> Tensor:
