@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zs_kernels import _linear
+from zs_kernels import _cuda, _linear
 from zs_kernels._check import require, require_floating, require_index, require_integers, require_mask, require_positive
 from zs_kernels._device import backend_of
 from zs_kernels._linear import Head, HeadGradients, Lora, Wanted
@@ -97,8 +97,12 @@ def _chunk_gradient(
     index, old, advantages, weights, ref, importance = tokens
     enough = logits.shape[0] >= FEW_ROWS or not logits.is_cuda
     if backend_of(logits) == "triton" and call.shards is None and enough:
-        rows = (index, inverse, head.bias, head.softcap, old, advantages, weights, ref, importance)
-        logprobs, _, entropies = _policy_epilogue_triton(logits, dlogits, *rows, call.scale, settings)
+        columns = (old, advantages, weights, ref, importance, call.scale, settings)
+        if _cuda.takes(logits, dlogits, head.bias, head.softcap):
+            logprobs, _, entropies = _cuda.policy_rows(logits, dlogits, index, inverse, *columns)
+        else:
+            given = (index, inverse, head.bias, head.softcap, *columns)
+            logprobs, _, entropies = _policy_epilogue_triton(logits, dlogits, *given)
         return logprobs, entropies, None
     sweep = call.statistics(logits, index, inverse)
     logprobs, entropies = sweep.logprobs, sweep.entropy

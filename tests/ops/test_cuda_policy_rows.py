@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zs_kernels._policy_terms import PolicyLossSettings, policy_terms_arguments, policy_terms_reference
+from zs_kernels import _cuda
+from zs_kernels._policy_terms import PolicyLossSettings, policy_terms_reference
 from zs_kernels.testing import seeded
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -75,21 +76,10 @@ def launch(tmp_path_factory):
 
 
 def settings_of(settings: PolicyLossSettings, *, has_ref: bool) -> Settings:
-    """The same numbers as the Triton kernel gets, in the C++ struct."""
-    has_entropy = settings.entropy_coefficient != 0.0
-    given = policy_terms_arguments(settings, has_ref=has_ref, has_entropy=has_entropy, has_importance=False)
-    infinity = float("inf")
-    return Settings(
-        form=given["FORM"],
-        dual_clip=given["dual_clip"] if given["DUAL_CLIP"] else infinity,
-        ratio_cap=given["ratio_cap"] if given["RATIO_CAP"] else infinity,
-        kl=Kl(given["KL"], given["STRAIGHT_THROUGH"], given["kl_bound"], given["kl_output_bound"]),
-        **{
-            name: given[name]
-            for name in ("ratio_low", "ratio_high", "min_log_ratio", "max_log_ratio", "kl_coefficient")
-        },
-        entropy_coefficient=given["entropy_coefficient"],
-    )
+    """What the operator is given, in the C++ struct."""
+    given = _cuda.settings_arguments(settings, has_ref=has_ref)
+    kl = [given.pop(name) for name in ("kl_estimator", "kl_straight_through", "kl_bound", "kl_output_bound")]
+    return Settings(kl=Kl(*kl), **given)
 
 
 def run(launch, logits: Tensor, index: Tensor, columns: dict[str, Tensor], settings: Settings, *, blocks: int, **more):
@@ -262,3 +252,15 @@ def test_it_compiles_without_spills(architecture, tmp_path):
     dynamic = int(re.search(r"kMostBytes = (\d+) << 10", SOURCE.read_text())[1]) << 10
     assert registers <= 64, "two blocks of 512 threads no longer fit on a multiprocessor"
     assert static + dynamic <= SHARED_MEMORY
+
+
+def test_the_operators_arguments_stand_in_the_order_of_its_schema():
+    """No CUDA device takes them here, so their names are compared."""
+    schema = (ROOT / "csrc/torch/policy_rows_cuda.cpp").read_text().split('"policy_rows(', 1)[1].split("->", 1)[0]
+    names = re.findall(r"\b(?:Tensor\??|Tensor\(a!\)|int|float|bool) (\w+)", schema.replace('"', ""))
+    given = list(_cuda.settings_arguments(PolicyLossSettings(), has_ref=False))
+    first = names.index(given[0])
+    assert names[first:] == [*given, "blocks", "stream"]
+    assert names[:first] == [
+        "logits", "out", "index", "inverse_temperatures", "inverse_temperature", *COLUMNS, "gradient_scale",
+    ]  # fmt: skip
