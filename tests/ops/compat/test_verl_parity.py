@@ -79,6 +79,16 @@ def test_ratios_far_out(verl, name):
     compare_losses(verl, f"compute_policy_loss_{name}", log_prob, *arguments)
 
 
+def test_gspo_holds_a_sequence_at_e_to_the_tenth(verl):
+    """All log ratios 15 and an advantage of -1, which no clip bounds: the loss is exp(10), without gradient."""
+    log_prob = torch.full((2, 3), -1.0, requires_grad=True)
+    old = torch.tensor([[-16.0], [-1.0]]).expand(2, 3)
+    arguments = (old, log_prob, torch.full((2, 3), -1.0), torch.ones(2, 3), "seq-mean-token-mean", configuration(verl))
+    compare_losses(verl, "compute_policy_loss_gspo", log_prob, *arguments)
+    loss, _ = ours.compute_policy_loss_gspo(*arguments)
+    assert loss.item() == pytest.approx((math.exp(10) + 1) / 2)
+
+
 def test_per_token_advantages_and_symmetric_clip(verl):
     old, log_prob, _ = tokens()
     config = configuration(verl, clip_ratio=0.1, clip_ratio_low=0.1, clip_ratio_high=0.1, clip_ratio_c=1.5)
