@@ -123,6 +123,7 @@ CASES: dict[str, Entry] = {
         {"N": 256, "V": 151_936, "backward": True},
         {"N": 8192, "V": 151_936, "backward": True},
     ),
+    "row_epilogue": Entry(token.row_epilogue, HEAD_TESTS, {"N": 16, "V": 1000}, cuda={"N": 8192, "V": 151_936}),
     "token_loss": Entry(
         token.token_loss,
         ("test_policy_loss*.py", "test_kl_estimates*.py"),

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bench import usage
@@ -112,12 +113,18 @@ class Disagreement(AssertionError):
 def measure(case: Case, *, rounds: int, ceilings: usage.Ceilings | None = None) -> list[Timing]:
     """Time all variants of a case, interleaved, `rounds` samples each. Raises Disagreement."""
     exact = case.exact() if case.exact else {}
-    warm = {name: _warm_up(case, name, function, exact) for name, function in case.variants.items()}
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in case.variants}
+    warm: dict[str, _Warm] = {}
+    for name, function in case.variants.items():
+        try:
+            warm[name] = _warm_up(case, name, function, exact)
+        except torch.cuda.OutOfMemoryError:
+            case.absent[name] = "a GPU with more memory"
+            torch.cuda.empty_cache()
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in warm}
     peaks = {name: one.peak_bytes for name, one in warm.items()}
     order = random.Random(0)
     for _ in range(rounds):
-        for name in order.sample(list(case.variants), len(case.variants)):
+        for name in order.sample(list(warm), len(warm)):
             function, one = case.variants[name], warm[name]
             if one.slow:
                 with usage.peak_memory(case.device) as peak:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import zs_kernels
 from bench.harness import Results
+from zs_kernels._cuda import use_cuda
 
 CHUNK = 256
 SEQUENCES = 8
@@ -168,16 +169,17 @@ def _grad_logits(logits: Tensor, logsumexp: Tensor, index: Tensor, slope: Tensor
     return slope[:, None] * ((index[:, None] == columns).double() - torch.exp(logits - logsumexp[:, None]))
 
 
-def ours(head: Head, **options: Any) -> Callable[[], Results]:
-    """The fused op."""
+def ours(head: Head, *, cuda: bool = False, **options: Any) -> Callable[[], Results]:
+    """The fused op; cuda: with the CUDA kernel for rows where the Triton kernel is the rule."""
     masking = {} if bool(head.mask.all()) else {"mask": head.mask, "mask_count": int(head.mask.sum())}
     advantages, weights = head.token_advantages, head.token_weights
 
     def run() -> Results:
-        made = zs_kernels.linear_policy_loss(
-            head.hidden, head.weight, head.index, head.old_logprobs, advantages, weights,
-            settings=zs_kernels.PolicyLossSettings(), **masking, **options,
-        )  # fmt: skip
+        with use_cuda(cuda):
+            made = zs_kernels.linear_policy_loss(
+                head.hidden, head.weight, head.index, head.old_logprobs, advantages, weights,
+                settings=zs_kernels.PolicyLossSettings(), **masking, **options,
+            )  # fmt: skip
         return gradients(head, made.loss, logprobs=made.logprobs)
 
     return run

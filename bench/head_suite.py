@@ -8,6 +8,7 @@ import zs_kernels
 from bench import head_cases as ways
 from bench.harness import Case, Results
 from bench.peers import Variants, find
+from zs_kernels import _cuda
 
 OURS, EXACT = "linear_policy_loss", "linear_policy_loss exact"
 NAIVE, CHECKPOINTED, LIGER = "naive fp32", "checkpointed chunks", "Liger fused linear GRPO"
@@ -60,6 +61,8 @@ def fused_loss(
     variants.add(EXACT, ways.ours(head, exact=True))
     variants.add(SMALL_WORKSPACE, ways.ours(head, workspace_bytes=256 << 20))
     variants.add("linear_logprobs + policy_loss", ways.ours_in_two_steps(head))
+    if device != "cpu" and _cuda.cuda_status().available:
+        variants.add("linear_policy_loss CUDA rows", ways.ours(head, cuda=True))
     return _case(device, name, head, variants, 6.0 * T * H * V, rounds)
 
 

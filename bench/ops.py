@@ -83,9 +83,10 @@ def run_ops(
     if not native_status().available and kind == "cpu":
         print(f"note: {native_status().reason}")
     for how in sorted(set(absent.values())):
-        print(f"note: peers that are absent are installed by `{how}`")
+        print(f"note: what is absent needs: {how}")
     if not quick:
-        print(f"written to {write_results(summary).relative_to(ROOT)}")
+        path = write_results(summary)
+        print(f"written to {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
     return summary
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from bench.harness import Timing
 from bench.usage import Ceilings
 from zs_fast.system.environment import environment
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(os.environ.get("ZS_RESULTS") or Path(__file__).with_name("results"))
 
 
 def table(timings: Sequence[Timing], device: str = "cpu") -> str:

@@ -11,6 +11,9 @@ from torch import Tensor
 import zs_kernels
 from bench.harness import Case, Results
 from bench.peers import Variants, find
+from zs_kernels import _cuda
+from zs_kernels._policy_epilogue import _policy_epilogue_triton
+from zs_kernels._policy_terms import PolicyLossSettings
 from zs_kernels.gae import gae_reference
 
 EXACT_ROWS = 64
@@ -46,6 +49,8 @@ def row_logprobs(device: str, name: str, N: int, V: int, *, backward: bool = Fal
     variants = Variants()
     variants.add(EAGER, eager)
     trl = find("trl.trainer.utils", "selective_log_softmax_and_entropy")
+    if device != "cpu":  # the kernels alone: the trainer's module needs more packages
+        trl = find("trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy")
     variants.add_peer("TRL log-prob and entropy", trl, lambda: finish(*trl(logits, index)))
     variants.add("token_logprobs", ours)
     if not backward:
@@ -115,6 +120,47 @@ def token_loss(device: str, name: str, N: int, *, compile_eager: bool = False) -
         variants[COMPILED] = warmed(lambda: finish(quick_loss(logprobs)[0]))
     # read: log-probs, old, reference, advantages (4 B each), mask (1 B); written: the gradient
     return Case(name, f"{N} float32", variants, device, exact=exact, tolerance=1e-4, bytes=21.0 * N)
+
+
+def row_epilogue(device: str, name: str, N: int, V: int) -> Case:
+    """Logits to their own gradient under the clipped loss, as the fused head loss does it with each chunk."""
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(N, V, dtype=torch.bfloat16, generator=generator, device=device).mul_(3.0)
+    index = torch.randint(V, (N,), generator=generator, device=device)
+    old = torch.log_softmax(logits[:, :1].float(), -1).squeeze(1) - 12.0
+    advantages = torch.randn(N, generator=generator, device=device)
+    weights, out = torch.full((N,), 1.0 / N, device=device), torch.empty_like(logits)
+    settings = PolicyLossSettings(entropy_coefficient=0.001)
+    columns = (old, advantages, weights, None, None, None, settings)
+
+    def triton() -> Results:
+        found = _policy_epilogue_triton(logits, out, index, 1.0, None, None, *columns)
+        return {"logprobs": found[0], "grad_logits": out}
+
+    def cuda(blocks: int) -> Callable[[], Results]:
+        def run() -> Results:
+            found = _cuda.policy_rows(logits, out, index, 1.0, *columns, blocks=blocks)
+            return {"logprobs": found[0], "grad_logits": out}
+
+        return run
+
+    def exact() -> Results:
+        leaf = logits[:EXACT_ROWS].double().requires_grad_()
+        every = torch.log_softmax(leaf, -1)
+        chosen = every.gather(1, index[:EXACT_ROWS, None]).squeeze(1)
+        ratio = torch.exp(chosen - old[:EXACT_ROWS])
+        gain = torch.minimum(ratio * advantages[:EXACT_ROWS], ratio.clamp(0.8, 1.2) * advantages[:EXACT_ROWS])
+        entropy = -(every.exp() * every).sum(-1)
+        loss = -(gain + 0.001 * entropy).sum() / N
+        return {"logprobs": chosen.detach(), "grad_logits": torch.autograd.grad(loss, leaf)[0]}
+
+    variants: dict[str, Callable[[], Any]] = {
+        "copy": lambda: {"copied": out.copy_(logits)},
+        "Triton, one launch": triton,
+    }
+    if _cuda.cuda_status().available:
+        variants |= {f"CUDA, {blocks} blocks a row": cuda(blocks) for blocks in (2, 4, 8)}
+    return Case(name, f"{N}x{V} bfloat16", variants, device, exact=exact, bytes=2.0 * logits.nbytes)
 
 
 def warmed(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -258,7 +304,7 @@ def values(device: str, name: str, N: int) -> Case:
         return finish((0.5 * errors * weights).sum(), leaf)
 
     def ours() -> Results:
-        return finish(zs_kernels.value_loss(new, returns, weights, old_values=old).loss)
+        return finish(zs_kernels.value_loss(new, old, returns, weights, clip_range=0.2).loss)
 
     variants = {EAGER: eager, "value_loss": ours}
     return Case(

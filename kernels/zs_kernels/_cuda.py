@@ -7,9 +7,12 @@ Triton kernel is what runs unless ZS_KERNELS_CUDA=1 is set.
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +29,14 @@ MOST_COLUMNS = 8 * (224 << 10) // 2
 """bfloat16 logits of a row that eight blocks can keep."""
 
 
+_wanted: contextvars.ContextVar[bool | None] = contextvars.ContextVar("zs_kernels_cuda", default=None)
+
+
 @functools.cache
 def cuda_status() -> NativeStatus:
-    """Whether the CUDA operators are loaded and asked for; the first call loads them."""
+    """Whether the CUDA operators are loaded; the first call loads them."""
     if not OPS_FILE.is_file():
         return NativeStatus(False, "_ops_cuda.so was not built: `ZS_CUDA=1 pip install -e .` with nvcc on the PATH")
-    if os.environ.get("ZS_KERNELS_CUDA") != "1":
-        return NativeStatus(False, "_ops_cuda.so is there but not used: set ZS_KERNELS_CUDA=1")
     try:
         torch.ops.load_library(str(OPS_FILE))
     except OSError as error:
@@ -40,10 +44,27 @@ def cuda_status() -> NativeStatus:
     return NativeStatus(True, f"CUDA operators: {OPS_FILE.name}")
 
 
+@contextmanager
+def use_cuda(wanted: bool) -> Iterator[None]:
+    """Whether the CUDA operators run in this block (of this thread or task), whatever ZS_KERNELS_CUDA says."""
+    token = _wanted.set(wanted)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def asked_for() -> bool:
+    """As `use_cuda` says, else whether ZS_KERNELS_CUDA=1 is set."""
+    wanted = _wanted.get()
+    return os.environ.get("ZS_KERNELS_CUDA") == "1" if wanted is None else wanted
+
+
 def takes(logits: Tensor, out: Tensor, bias: Tensor | None, softcap: float | None) -> bool:
     """Whether `policy_rows` can work on this chunk; nothing is waited for."""
     return (
         logits.is_cuda
+        and asked_for()
         and cuda_status().available
         and bias is None
         and not softcap
