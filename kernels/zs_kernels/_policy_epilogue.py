@@ -88,9 +88,11 @@ def policy_epilogue_kernel(
             columns, inside, raw, offset = load_block(
                 row_logits, row_logits, first, V, bias, False, HAS_BIAS, GRADIENT_BLOCK
             )
-            z, slope = transformed_logits(raw, offset, softcap, HAS_BIAS, HAS_SOFTCAP, True)
+            block_z, slope = transformed_logits(raw, offset, softcap, HAS_BIAS, HAS_SOFTCAP, True)
             is_chosen = (columns == here) & inside
-            grad = block_gradient(z, slope, is_chosen, inverse, logsumexp, entropy, grad_logprob, grad_entropy, ENTROPY)
+            grad = block_gradient(
+                block_z, slope, is_chosen, inverse, logsumexp, entropy, grad_logprob, grad_entropy, ENTROPY
+            )
             tl.store(row_out + columns, grad.to(out.dtype.element_ty), mask=inside)
         else:
             columns = first + tl.arange(0, GRADIENT_BLOCK)
