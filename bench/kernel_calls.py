@@ -21,6 +21,7 @@ from zs_kernels import (
     _linear_tiles,
     _policy_backends,
     _policy_epilogue,
+    _reduction_kernels,
 )
 from zs_kernels import _sweeps as sweeps
 from zs_kernels._policy_terms import PolicyLossSettings
@@ -150,6 +151,20 @@ def kl(rows: int, estimator: str, clamp: str = "none") -> Any:
     return _kl_estimates_triton(made(rows), made(rows), mask_of(rows), estimator, clamp, True, True)
 
 
+def moments(rows: int, columns: int) -> Any:
+    """Masked sums of each row, or of everything."""
+    return _reduction_kernels.masked_statistics_triton(made(rows, columns), made(rows, columns, dtype=torch.bool))
+
+
+def masked_whitened(rows: int, columns: int, *, given: int = 0, shift: bool = True, fill: bool = True) -> Any:
+    """Whitening of each row, or of everything; given: so many parts' statistics instead of its own."""
+    mask = made(rows, columns, dtype=torch.bool)
+    statistics = made(given, 4) if given else None
+    return _reduction_kernels.masked_whiten_triton(
+        made(rows, columns), mask, statistics, 1e-8, False, 1, shift, fill, 0.0, 0
+    )
+
+
 PPO = PolicyLossSettings(kl_coefficient=0.001, entropy_coefficient=0.01, dual_clip=3.0)
 BARE = PolicyLossSettings()
 
@@ -191,6 +206,11 @@ CALLS: dict[str, Call] = {
     "GAE statistics": lambda rows: _gae_triton._statistics_triton(made(1024, 3)),
     "GAE whitened": lambda rows: whitened(1 << 22, merge=True),
     "GAE whitened with given statistics": lambda rows: whitened(1 << 22, merge=False),
+    "masked moments of everything": lambda rows: moments(1, 512 * rows),
+    "masked moments of rows": lambda rows: moments(rows, 2048),
+    "whitening of everything": lambda rows: masked_whitened(1, 512 * rows),
+    "whitening of rows, mean kept": lambda rows: masked_whitened(rows, 2048, shift=False, fill=False),
+    "whitening with other ranks' moments": lambda rows: masked_whitened(1, 512 * rows, given=8),
     "GRPO over tokens": lambda rows: groups(1280, "grpo"),
     "RLOO of trajectories": lambda rows: groups(1280, "rloo", spread=False),
     "REINFORCE++ from token rewards": lambda rows: groups(1280, "reinforce++", per_token=True),
