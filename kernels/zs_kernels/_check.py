@@ -6,6 +6,7 @@ Index values are looked at on the CPU only: on a device that costs a synchronisa
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -84,3 +85,15 @@ def require_positive(op: str, argument: str, value: float | Tensor, shape: tuple
         require(tuple(value.shape) == shape, op, argument, f"a number or a tensor of shape {list(shape or ())}", value)
         return
     require(isinstance(value, int | float) and value > 0, op, argument, "a number above 0", value)
+
+
+def require_number(
+    op: str, argument: str, value: object, *, low: float = -math.inf, high: float = math.inf, integer: bool = False
+) -> None:
+    """Raise unless `value` is a number (an int, with `integer`) in [low, high]; NaN is in no such range."""
+    kind = int if integer else (int, float)
+    if isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high:  # type: ignore[operator]
+        return
+    wanted = "a whole number" if integer else "a number"
+    bounds = f" from {low} to {high}" if high < math.inf else f" of at least {low}" if low > -math.inf else ""
+    require(False, op, argument, wanted + bounds, value)
