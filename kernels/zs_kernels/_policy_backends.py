@@ -18,6 +18,7 @@ from zs_kernels._policy_terms import (
 )
 from zs_kernels._triton import tl, triton
 from zs_kernels.kl_estimates import clamp_bounds, kl_code
+from zs_kernels.loss_weights import require_segments
 
 BLOCK = 1024
 """Tokens of one Triton program."""
@@ -25,8 +26,10 @@ COLUMNS = 16
 """Width of a row of partial sums: the loss, the metrics, padding to a power of two."""
 
 
-def sequence_log_ratios_reference(log_ratio: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor:
-    """Each token's log ratio replaced by the mean over the unmasked tokens of its sequence; 0 where there are none."""
+def sequence_log_ratios_reference(
+    log_ratio: Tensor, mask: Tensor | None, cu_seqlens: Tensor, total: bool = False
+) -> Tensor:
+    """Each token's log ratio replaced by the mean (or the sum) over the unmasked tokens of its sequence, 0 if none."""
     dtype = torch.float64 if log_ratio.dtype == torch.float64 else torch.float32
     flat = log_ratio.to(dtype).flatten()
     counted = torch.ones_like(flat) if mask is None else mask.flatten().to(dtype)
@@ -34,14 +37,15 @@ def sequence_log_ratios_reference(log_ratio: Tensor, mask: Tensor | None, cu_seq
     lengths = cu_seqlens.diff()
     owner = torch.repeat_interleave(torch.arange(lengths.numel(), device=flat.device), lengths, output_size=len(flat))
     sums = flat.new_zeros(2, lengths.numel()).index_add_(1, owner, torch.stack([flat, counted]))
-    return (sums[0] / sums[1].clamp(min=1.0))[owner].reshape(log_ratio.shape)
+    return (sums[0] if total else sums[0] / sums[1].clamp(min=1.0))[owner].reshape(log_ratio.shape)
 
 
 @triton.jit
 def _sequence_log_ratios_kernel(
-    logprobs, old_logprobs, mask, cu_seqlens, out, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr
+    logprobs, old_logprobs, mask, cu_seqlens, out,
+    HAS_OLD: tl.constexpr, HAS_MASK: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence: out[n] = mean of logprob - old_logprob over its unmasked tokens."""
+    """One program per sequence: out[n] = mean of logprob - old_logprob over its unmasked tokens (TOTAL: their sum)."""
     sequence = tl.program_id(0)
     begin = tl.load(cu_seqlens + sequence).to(tl.int64)
     end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
@@ -52,13 +56,17 @@ def _sequence_log_ratios_kernel(
         counted = n < end
         if HAS_MASK:
             counted = counted & (tl.load(mask + n, mask=counted, other=0) != 0)
-        logprob = tl.load(logprobs + n, mask=counted, other=0.0).to(tl.float32)
-        total += tl.where(counted, logprob - tl.load(old_logprobs + n, mask=counted, other=0.0).to(tl.float32), 0.0)
+        log_ratio = tl.load(logprobs + n, mask=counted, other=0.0).to(tl.float32)
+        if HAS_OLD:
+            log_ratio -= tl.load(old_logprobs + n, mask=counted, other=0.0).to(tl.float32)
+        total += tl.where(counted, log_ratio, 0.0)
         count += tl.where(counted, 1.0, 0.0)
-    mean = tl.sum(total) / tl.maximum(tl.sum(count), 1.0)
+    result = tl.sum(total)
+    if not TOTAL:
+        result = result / tl.maximum(tl.sum(count), 1.0)
     for start in range(begin, end, BLOCK):
         n = start + tl.arange(0, BLOCK)
-        tl.store(out + n, tl.zeros((BLOCK,), dtype=tl.float32) + mean, mask=n < end)
+        tl.store(out + n, tl.zeros((BLOCK,), dtype=tl.float32) + result, mask=n < end)
 
 
 @triton.jit
@@ -200,15 +208,44 @@ def _policy_terms_triton(
 
 
 def _sequence_log_ratios_triton(
-    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor, *, block: int = BLOCK
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    total: bool = False,
+    block: int = BLOCK,
 ) -> Tensor:
-    logprobs, old_logprobs = logprobs.reshape(-1).contiguous(), old_logprobs.reshape(-1).contiguous()
+    """[N] float32; old_logprobs None: the first argument holds the log ratios."""
+    logprobs = logprobs.reshape(-1).contiguous()
     out = torch.empty(logprobs.numel(), dtype=torch.float32, device=logprobs.device)
-    flat_mask = logprobs if mask is None else mask.reshape(-1).contiguous()
     _sequence_log_ratios_kernel[(cu_seqlens.numel() - 1,)](
-        logprobs, old_logprobs, flat_mask, cu_seqlens.contiguous(), out, HAS_MASK=mask is not None, BLOCK=block
+        logprobs,
+        logprobs if old_logprobs is None else old_logprobs.reshape(-1).contiguous(),
+        logprobs if mask is None else mask.reshape(-1).contiguous(),
+        cu_seqlens.contiguous(),
+        out,
+        HAS_OLD=old_logprobs is not None,
+        HAS_MASK=mask is not None,
+        TOTAL=total,
+        BLOCK=block,
     )
     return out
+
+
+@torch.library.custom_op("zs_kernels::sequence_log_ratios", mutates_args=())
+def sequence_log_ratios(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, total: bool) -> Tensor:
+    """sequence_log_ratios_reference, in a fixed order on every device."""
+    require_segments("sequence_log_ratios", cu_seqlens, log_ratio.numel())
+    if log_ratio.numel() and backend_of(log_ratio, mask, cu_seqlens) == "triton":
+        return _sequence_log_ratios_triton(log_ratio, None, mask, cu_seqlens, total=total).reshape(log_ratio.shape)
+    return sequence_log_ratios_reference(log_ratio, mask, cu_seqlens, total)
+
+
+@sequence_log_ratios.register_fake
+def _(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, total: bool) -> Tensor:
+    dtype = torch.float64 if log_ratio.dtype == torch.float64 else torch.float32
+    return log_ratio.new_empty(log_ratio.shape, dtype=dtype)
 
 
 def _policy_terms_native(
