@@ -124,8 +124,8 @@ class ChunkedLogProbFunction:
         hidden [N, H], weight [V, H], bias [V], targets [N]; each result [N], float32 but for the bool of the last, None
         where `outputs` does not name it. Gradients flow to hidden, weight and bias through the first two. Under
         autocast the head runs in autocast's type, and a float32 weight's gradient is rounded to it once (TRL's is not).
-        mean_logits (with a softcap) and is_top1 cost one more product with
-        the head. chunk_size is not needed and not read: the op bounds its own workspace.
+        mean_logits (with a softcap) and is_top1 cost one more product with the head. chunk_size is not needed and not
+        read: the op bounds its own workspace.
         Raises ValueError for a logit_scale that is not above 0, and RuntimeError for a head partitioned by ZeRO-3.
         """
         op = "ChunkedLogProbFunction"
