@@ -167,6 +167,19 @@ def test_where_the_gradient_goes(backend: str, where: str) -> None:
         assert (around[:, :5] == 7.0).all() and (around[:, 205:] == 7.0).all()
 
 
+@pytest.mark.parametrize("offset", [-4000.0, 4000.0])
+def test_rows_far_from_zero(backend: str, offset: float) -> None:
+    """A maximum that started at 0, or none at all, would leave nothing of the sums."""
+    logits = seeded(3, 9000, seed=1, scale=4.0) + offset
+    index = logits.argmax(dim=1)
+    found = sweep_statistics(logits, index, 0.9, entropy=True, sum_squares=True)
+    truth, _ = exact(logits, index, 0.9, {})
+    for name, one in found._asdict().items():
+        close(one, getattr(truth, name), tolerance=2e-4)  # z = 4000 has float32 steps of 2.4e-4
+    merged = merge_partials(torch.stack([sweep_partials(logits, index, 0.9)]))
+    close(merged.logprobs, truth.logprobs, tolerance=5e-4)
+
+
 def test_a_row_alone_equals_the_row_among_others(backend: str) -> None:
     logits, index, _ = case(6, 1000, "bare", torch.bfloat16)
     together = sweep_statistics(logits, index, 0.8, entropy=True, sum_squares=True)
@@ -192,3 +205,6 @@ def test_many_programs_to_a_row_give_the_same_bits_as_one(vocabulary: int, trans
         )
     for one, other in zip(spread, together, strict=True):
         assert torch.equal(one, other)
+    truth, _ = exact(logits[:2], index[:2], 0.8, options)
+    for found, expected in zip(together, truth, strict=True):
+        close(found[:2], expected)
