@@ -163,7 +163,7 @@ def test_the_version_in_the_key_alone_keeps_old_keys_away(small, vllm_engine, sa
     engine = vllm_engine(loaded)
     sample(engine, prompt(0, 100))
     move(loaded)
-    engine._served[0].version = 1
+    engine._served[0]._versions[POLICY] = 1
     assert difference(loaded, prompt(0, 100), sample(engine, prompt(0, 100))) < 1e-5
 
 

@@ -159,7 +159,7 @@ def test_rows_read_in_another_order_are_noticed_before_the_first_rollout(small, 
         return tensors
 
     correct = shared_weights.served_tensors
-    monkeypatch.setattr("zs_fast.rollout.vllm_engine.served_tensors", confused)
+    monkeypatch.setattr("zs_fast.rollout.vllm_model.served_tensors", confused)
     with pytest.raises(EngineError, match=r"log-probabilities differ from the trainer's by .* nats"):
         vllm_engine(small(layers=3))
 
@@ -175,7 +175,7 @@ MEMORY_SCRIPT = """
 import gc, sys
 import torch
 from zs_fast.models.load import load_skeleton
-from zs_fast.rollout import vllm_engine
+from zs_fast.rollout import vllm_engine, vllm_model
 from zs_fast.types import Role
 
 def resident():
@@ -184,13 +184,13 @@ def resident():
 
 torch.set_num_threads(1)
 readings = []
-share = vllm_engine.share
+share = vllm_model.share
 def measured(loaded, served):
     readings.append(resident())
     share(loaded, served)
     loaded.model.model.layers[0].mlp.down_proj.weight.sum()
     readings.append(resident())
-vllm_engine.share = measured
+vllm_model.share = measured
 loaded = load_skeleton(sys.argv[1])
 engine = vllm_engine.VllmEngine({Role.POLICY: loaded}, slots=2, max_context_tokens=128)
 size = sum(parameter.nbytes for parameter in loaded.model.parameters())

@@ -26,7 +26,7 @@ PROBE_NEW_TOKENS = 8
 
 
 def served_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A vLLM module's parameters under the trainer's names, as views of the module's own memory.
+    """A vLLM module's parameters by the names they have in transformers, as views of the module's own memory.
 
     Tied embeddings appear once, as in `named_parameters`. Raises PreflightError for tensors that can't be viewed:
     quantised, repacked, or split over several devices.
@@ -37,7 +37,7 @@ def served_tensors(module: nn.Module) -> dict[str, Tensor]:
         path, _, kind = full_name.rpartition(".")
         layer: Any = module.get_submodule(path)
         _check_plain(full_name, parameter, layer)
-        name = path.replace(".base_layer", "")
+        name = plain_name(path)
         parent, _, leaf = name.rpartition(".")
         data = parameter.detach()
         if leaf in packed:
@@ -55,6 +55,17 @@ def served_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def plain_name(name: str) -> str:
+    """The name that a tensor has in a model without adapters, whose layers are wrapped in others where there are."""
+    return name.replace(".base_layer", "")
+
+
+def named_as_in(model: nn.Module, served: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`served`, by the names its tensors have in `model`; names that `model` does not know stay as they are."""
+    ours = {plain_name(name): name for name, _ in model.named_parameters()}
+    return {ours.get(name, name): tensor for name, tensor in served.items()}
+
+
 def _check_plain(name: str, parameter: Tensor, layer: Any) -> None:
     if getattr(layer, "tp_size", 1) != 1:
         raise PreflightError(
@@ -69,7 +80,7 @@ def _check_plain(name: str, parameter: Tensor, layer: Any) -> None:
 
 
 def share(loaded: LoadedModel, served: Mapping[str, Tensor]) -> None:
-    """Make every parameter of `loaded.model` a view of the served tensor of its name, in place.
+    """Make every parameter of `loaded.model` a view of the served tensor of its name (see `named_as_in`), in place.
 
     Values move into the served tensors first, except from parameters on the meta device, which have none: those take
     what is served. Parameters become new objects, so an optimizer is built afterwards. Raises PreflightError, before

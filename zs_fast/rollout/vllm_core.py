@@ -241,6 +241,16 @@ class VllmCore:
             self._engine.output_processor.request_states[internal].detokenizer = stop_watch(stopped)
 
     @property
+    def lora_manager(self) -> Any:
+        """vLLM's own, of an engine that was built with adapter slots."""
+        return self._runner.lora_manager
+
+    def open_adapter(self, request: Any) -> None:
+        """Give the adapter of `request` a slot that it never loses."""
+        if not self._engine.add_lora(request) or not self._engine.pin_lora(request.lora_int_id):
+            raise EngineError(f"vLLM gave the adapter {request.lora_name} no slot of its own.")
+
+    @property
     def num_unfinished(self) -> int:
         return int(self._engine.get_num_unfinished_requests())
 

@@ -6,32 +6,21 @@ rules as in the embedded engine. Token ids go in and come out as they are: vLLM 
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from zs_fast.errors import EngineError, PreflightError
+from zs_fast.errors import EngineError
 from zs_fast.models.load import LoadedModel
 from zs_fast.rollout.engine import EngineStats
-from zs_fast.rollout.shared_weights import probe, served_tensors, share
 from zs_fast.rollout.stop import StopStrings, eos_token_ids
-from zs_fast.rollout.vllm_core import (
-    MIN_TEMPERATURE,
-    SMALLEST_CPU_HEAD,
-    CoreSettings,
-    Finished,
-    VllmCore,
-    cache_block_tokens,
-    check_device,
-    default_device,
-)
+from zs_fast.rollout.vllm_core import MIN_TEMPERATURE, Finished, check_device
 from zs_fast.rollout.vllm_kv import CpuKv, CudaKv
+from zs_fast.rollout.vllm_model import ServedModel, ServingSettings
 from zs_fast.search.codec import Codec
 from zs_fast.types import Completion, FinishReason, Role, Sampling
 
@@ -42,6 +31,8 @@ class VllmEngine:
     Every model's parameters become views of vLLM's tensors, in place: parameters on the meta device (`load_skeleton`)
     take the weights that vLLM reads from the model's folder, others are moved in. Then one short completion is scored
     by the trainer's forward, so that a layout read wrongly is found before the first rollout.
+
+    Roles with adapters over one base are computed in one batch, each by its own; see ServedModel for who has which.
 
     A prefix is shared by all requests of a role and policy version, whatever their `cache_salt`. `frozen` roles keep
     their cache when weights are published. Log-probabilities are those of the whole vocabulary at the sampling
@@ -60,34 +51,34 @@ class VllmEngine:
         kv_cache_bytes: int | None = None,
         enforce_eager: bool = False,
         wake: Callable[[Any], None] | None = None,
+        adapters: Mapping[Role, Mapping[str, Tensor]] | None = None,
     ) -> None:
         """`kv_cache_bytes` is per model; by default what `slots` sequences of full length need. `device` must be the
         one that the installed vLLM was built for. `wake` maps the cache's pool on CUDA again; without it `release_kv`
-        frees nothing there.
+        frees nothing there. `adapters` are fixed ones (`models.lora.read_adapter`) of roles other than the policy.
         """
         device = check_device(device)
         if slots < 1:
             raise EngineError(f"engine.slots is {slots}; at least 1 is needed.")
         self._version = 0
         self._lanes: dict[Role, _Lane] = {}
-        self._served: list[_ServedModel] = []
+        self._served: list[ServedModel] = []
+        self._frozen = frozenset(frozen)
+        settings = ServingSettings(
+            slots=slots,
+            device=device,
+            kv_cache_bytes=kv_cache_bytes,
+            enforce_eager=enforce_eager,
+            pooled_kv=wake is not None,
+            adapters=adapters or {},
+        )
         limits = {
             role: max_context_tokens if isinstance(max_context_tokens, int) else max_context_tokens[role]
             for role in models
         }
         for loaded in {id(loaded): loaded for loaded in models.values()}.values():
             roles = [role for role in models if models[role] is loaded]
-            served = _ServedModel(
-                loaded,
-                roles,
-                slots=slots,
-                max_context_tokens=max(limits[role] for role in roles),
-                device=device,
-                kv_cache_bytes=kv_cache_bytes,
-                enforce_eager=enforce_eager,
-                pooled_kv=wake is not None,
-                frozen=all(role in frozen for role in roles),
-            )
+            served = ServedModel(loaded, roles, max(limits[role] for role in roles), settings)
             self._served.append(served)
             self._lanes |= {role: _Lane(role, served, limits[role]) for role in roles}
         self._kv_is_released = False
@@ -125,10 +116,9 @@ class VllmEngine:
 
     def publish(self, version: int) -> None:
         self._version = version
+        busy = [role for role, lane in self._lanes.items() if lane.unfinished]
         for served in self._served:
-            if not served.frozen:
-                served.version = version
-                served.core.forget_kv()
+            served.publish(version, frozen=self._frozen, busy=busy)
 
     def release_kv(self) -> int:
         busy = {role: len(lane.unfinished) for role, lane in self._lanes.items() if lane.unfinished}
@@ -163,7 +153,7 @@ class VllmEngine:
 
     def served(self, role: Role) -> dict[str, Tensor]:
         """The tensors that vLLM samples `role` with at this moment, under the trainer's names."""
-        return served_tensors(self._lane(role).served.core.module)
+        return self._lane(role).served.served()
 
     def _lane(self, role: Role) -> _Lane:
         if role not in self._lanes:
@@ -172,66 +162,10 @@ class VllmEngine:
         return self._lanes[role]
 
 
-class _ServedModel:
-    """One model: vLLM's engine for it, and the trainer's module over the same memory."""
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        roles: Sequence[Role],
-        *,
-        slots: int,
-        max_context_tokens: int,
-        device: torch.device,
-        kv_cache_bytes: int | None,
-        enforce_eager: bool,
-        pooled_kv: bool,
-        frozen: bool,
-    ) -> None:
-        _check_model(loaded, roles, max_context_tokens)
-        self.loaded = loaded
-        self.roles = tuple(roles)
-        self.frozen = frozen
-        self.version = 0
-        parameter = next(loaded.model.parameters())
-        with tempfile.TemporaryDirectory(prefix="zs_fast_") as temporary:
-            empty = not parameter.is_meta
-            folder = Path(temporary) if empty else loaded.path
-            if empty:
-                loaded.model.config.architectures = [type(loaded.model).__name__]
-                loaded.model.config.save_pretrained(folder)
-            self.core = VllmCore(
-                CoreSettings(
-                    folder=folder,
-                    name=loaded.name,
-                    dtype=parameter.dtype,
-                    device=device,
-                    max_context_tokens=max_context_tokens,
-                    max_num_seqs=slots,
-                    vocab_size=len(loaded.tokenizer),
-                    kv_cache_bytes=kv_cache_bytes
-                    or _kv_bytes(loaded.model.config, parameter.dtype, slots, max_context_tokens),
-                    empty=empty,
-                    enforce_eager=enforce_eager,
-                    pooled_kv=pooled_kv,
-                )
-            )
-        share(loaded, served_tensors(self.core.module))
-        self.probe_difference = probe(loaded, self._sample)
-
-    def _sample(self, prompt_ids: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
-        """Greedy ids and log-probabilities, with nothing else in the engine."""
-        sampling = Sampling(max_new_tokens=num_tokens, temperature=0.0)
-        self.core.add("probe", prompt_ids, sampling, eos_ids=(), stopped=None, salt="probe", with_logprobs=True)
-        while True:
-            for finished in self.core.step():
-                return finished.token_ids, finished.logprobs
-
-
 class _Lane:
     """One role's requests: what it accepts, where a completion ends, and what comes back."""
 
-    def __init__(self, role: Role, served: _ServedModel, max_tokens: int) -> None:
+    def __init__(self, role: Role, served: ServedModel, max_tokens: int) -> None:
         loaded = served.loaded
         self.model = loaded.model
         self.served = served
@@ -254,8 +188,9 @@ class _Lane:
             sampling,
             eos_ids=self._eos_ids,
             stopped=partial(self._stop_strings.completed, stop=stop) if stop else None,
-            salt=f"{self._role}@{self.served.version}",
+            salt=self.served.salt(self._role),
             with_logprobs=self._role is not Role.SIMULATOR,
+            adapter=self.served.adapter(self._role),
         )
         self.unfinished[request_id] = version
 
@@ -305,35 +240,3 @@ class _Lane:
                 f"Request {request_id} of {self._role} has temperature {sampling.temperature}; vLLM samples at 0 or "
                 f"from {MIN_TEMPERATURE} up."
             )
-
-
-def _check_model(loaded: LoadedModel, roles: Sequence[Role], max_context_tokens: int) -> None:
-    config = loaded.model.config
-    positions = config.max_position_embeddings
-    if max_context_tokens > positions:
-        raise PreflightError(
-            f"The {' and '.join(roles)} may need contexts of {max_context_tokens} tokens, but model {loaded.name!r} "
-            f"knows {positions} positions. Lower game.max_context_tokens (for a simulator: max_new_tokens), or take "
-            "another model."
-        )
-    if getattr(config, "quantization_config", None):
-        raise PreflightError(
-            f"Model {loaded.name!r} has quantised weights, which can't be trained in place. Give its plain bfloat16 or "
-            "float32 weights, or use engine.kind = 'transformers'."
-        )
-    if default_device().type == "cpu" and _head_dim(config) < SMALLEST_CPU_HEAD:
-        raise PreflightError(
-            f"Model {loaded.name!r} has attention heads of {_head_dim(config)} numbers; vLLM on a CPU needs at least "
-            f"{SMALLEST_CPU_HEAD}. Use engine.kind = 'transformers'."
-        )
-
-
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _kv_bytes(config: Any, dtype: torch.dtype, slots: int, max_context_tokens: int) -> int:
-    """Bytes for `slots` sequences of full length, in whole blocks, and one block that vLLM keeps for itself."""
-    block = cache_block_tokens()
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config) * dtype.itemsize
-    return int((slots * -(-(max_context_tokens + 1) // block) + 1) * block * per_token)

@@ -1,0 +1,154 @@
+"""Low-rank adapters: y = W x + B (A x), with W frozen and A, B trained (arXiv:2106.09685).
+
+The scaling alpha / r is folded into B, here and in whatever reads an adapter: B alone is what another sampler needs,
+and its memory can be shared. Files are peft's (`adapter_config.json`, `adapter_model.safetensors`), with alpha = r.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from zs_fast.errors import PreflightError
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PEFT_PREFIX = "base_model.model."
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with an adapter on it. `lora_A` is [r, in], `lora_B` [out, r] and starts at zero."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        # A base without values yet (on the meta device) gets them from the engine; an adapter always has its own.
+        device = "cpu" if base.weight.is_meta else base.weight.device
+        options = {"bias": False, "dtype": base.weight.dtype, "device": device}
+        self.base_layer = base
+        self.lora_A = nn.Linear(base.in_features, rank, **options)
+        self.lora_B = nn.Linear(rank, base.out_features, **options)
+        self.is_on = True
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = self.base_layer(inputs)
+        return output + self.lora_B(self.lora_A(inputs)) if self.is_on else output
+
+
+def attach_adapter(model: nn.Module, rank: int, *, targets: Sequence[str] = TARGETS, seed: int = 0) -> None:
+    """Freeze `model` and put a new adapter on every linear layer whose name ends with one of `targets`.
+
+    A is drawn uniformly from +-1/sqrt(in), as peft draws it. Raises PreflightError where a target is on no layer.
+    """
+    if adapter_rank(model):
+        raise PreflightError(f"The model carries an adapter of rank {adapter_rank(model)} already.")
+    model.requires_grad_(False)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found = {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in targets}
+    missing = sorted(set(targets) - {name.rpartition(".")[2] for name in found})
+    if missing or not found:
+        raise PreflightError(f"The model has no linear layer called {', '.join(missing)}; adapters go on those it has.")
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in found.items():
+        parent, _, leaf = name.rpartition(".")
+        adapted = LoraLinear(layer, rank)
+        bound = 1.0 / math.sqrt(layer.in_features)
+        values = (2.0 * torch.rand(rank, layer.in_features, generator=generator) - 1.0) * bound
+        with torch.no_grad():
+            adapted.lora_A.weight.copy_(values)
+            adapted.lora_B.weight.zero_()
+        setattr(model.get_submodule(parent), leaf, adapted)
+
+
+def adapter_rank(model: nn.Module) -> int:
+    """Rank of the adapter on `model`; 0 when there is none."""
+    return next((m.lora_A.out_features for m in model.modules() if isinstance(m, LoraLinear)), 0)
+
+
+def adapter_targets(model: nn.Module) -> tuple[str, ...]:
+    """Last names of the layers that carry the adapter, in order of appearance."""
+    names = (name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LoraLinear))
+    return tuple(dict.fromkeys(names))
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's parameters by name: `model.layers.0.self_attn.q_proj.lora_A.weight` and so on."""
+    return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is its base: the weights as they were before any training."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLinear) and m.is_on]
+    for layer in layers:
+        layer.is_on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_on = True
+
+
+def write_adapter(model: nn.Module, folder: Path, *, base: str) -> None:
+    """Write the adapter of `model` as a peft folder that names `base` as the model it belongs to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rank = adapter_rank(model)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(adapter_targets(model)),
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {PEFT_PREFIX + name: tensor.detach().contiguous() for name, tensor in adapter_tensors(model).items()}
+    save_file(
+        {name: tensor.cpu() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE, metadata={"format": "pt"}
+    )
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a peft folder, scaling folded into B, by the names of `adapter_tensors`.
+
+    Raises PreflightError for missing or damaged files, and for adapters that are more than A and B.
+    """
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_bytes())
+        tensors = load_file(folder / WEIGHTS_FILE)
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise PreflightError(f"Adapter {str(folder)!r} can't be read: {type(error).__name__}: {error}") from error
+    for field in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"):
+        if config.get(field):
+            raise PreflightError(f"Adapter {str(folder)!r} uses {field}, which is not supported; plain LoRA is.")
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    named: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PEFT_PREFIX)
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise PreflightError(f"Adapter {str(folder)!r} holds {key}, which is neither an A nor a B of plain LoRA.")
+        named[name] = tensor * scaling if name.endswith(".lora_B.weight") else tensor
+    return named
+
+
+def load_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` into the adapter that `model` carries. PreflightError unless names and shapes are the same."""
+    ours = adapter_tensors(model)
+    for name in sorted(ours.keys() | tensors.keys()):
+        if name not in ours or name not in tensors or ours[name].shape != tensors[name].shape:
+            raise PreflightError(
+                f"The adapter's {name} does not fit the one on the model: another rank or other layers."
+            )
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            parameter.copy_(tensors[name])

@@ -1,0 +1,209 @@
+"""One model served by vLLM: the engine for it, the trainer's module over the same memory, and its roles' adapters."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zs_fast.errors import PreflightError
+from zs_fast.models.load import LoadedModel
+from zs_fast.models.lora import adapter_rank, adapter_targets, adapter_tensors
+from zs_fast.rollout.shared_weights import named_as_in, probe, served_tensors, share
+from zs_fast.rollout.vllm_adapters import AdapterSlots
+from zs_fast.rollout.vllm_core import (
+    LORA_RANKS,
+    SMALLEST_CPU_HEAD,
+    CoreSettings,
+    VllmCore,
+    cache_block_tokens,
+    default_device,
+)
+from zs_fast.types import Role, Sampling
+
+PROBE_KEY = "probe"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingSettings:
+    """What all models of an engine are served with."""
+
+    slots: int
+    device: torch.device
+    kv_cache_bytes: int | None = None
+    """Per model; None takes what `slots` sequences of full length need."""
+    enforce_eager: bool = False
+    pooled_kv: bool = False
+    adapters: Mapping[Role, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Fixed adapters of roles that share a model, by the names of `models.lora.adapter_tensors`."""
+
+
+class ServedModel:
+    """A loaded model whose parameters are vLLM's memory, and the roles that speak through it.
+
+    Where the model carries an adapter (`models.lora`), that one belongs to the policy, or else to the first role; every
+    other role speaks by its own adapter of `settings.adapters`, or by the base.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, roles: Sequence[Role], max_context_tokens: int, settings: ServingSettings
+    ) -> None:
+        _check_model(loaded, roles, max_context_tokens)
+        self.loaded = loaded
+        self.roles = tuple(roles)
+        self._own_role = Role.POLICY if Role.POLICY in roles else roles[0]
+        self._versions = dict.fromkeys(roles, 0)
+        adapters = {role: settings.adapters[role] for role in roles if role in settings.adapters}
+        rank = self._rank = adapter_rank(loaded.model)
+        if adapters and not rank:
+            largest = max(
+                tensor.shape[0] for tensors in adapters.values() for name, tensor in tensors.items() if "lora_A" in name
+            )
+            rank = next((fitting for fitting in LORA_RANKS if fitting >= largest), largest)
+        self._slots: AdapterSlots | None = None
+        self._slot_of: dict[Role, str] = {}
+        if rank:
+            self._slot_of = self._name_slots(adapters, on_cpu=settings.device.type == "cpu")
+        self.core = self._build_core(max_context_tokens, settings, rank, _targets(loaded, adapters))
+        if rank:
+            self._slots = AdapterSlots(self.core, sorted(set(self._slot_of.values())))
+            for role, tensors in adapters.items():
+                self._slots.write(self._slot_of[role], tensors)
+        share(loaded, self.served())
+        self.probe_difference = probe(loaded, self._sample)
+
+    def _name_slots(self, adapters: Collection[Role], *, on_cpu: bool) -> dict[Role, str]:
+        """Role -> name of its slot. A role without one speaks by the base.
+
+        On a CPU the base needs a slot of zeros: in a batch with others, vLLM's CPU build would give a request without
+        an adapter the last slot's.
+        """
+        slot_of = {role: str(role) for role in self.roles if role in adapters}
+        if self._rank:
+            slot_of[self._own_role] = str(self._own_role)
+        if on_cpu:
+            slot_of |= {role: "base" for role in self.roles if role not in slot_of}
+        return slot_of
+
+    def _build_core(
+        self, max_context_tokens: int, settings: ServingSettings, rank: int, targets: tuple[str, ...]
+    ) -> VllmCore:
+        model = self.loaded.model
+        weight = model.get_input_embeddings().weight
+        with tempfile.TemporaryDirectory(prefix="zs_fast_") as temporary:
+            empty = not weight.is_meta
+            folder = Path(temporary) if empty else self.loaded.path
+            if empty:
+                model.config.architectures = [type(model).__name__]
+                model.config.save_pretrained(folder)
+            return VllmCore(
+                CoreSettings(
+                    folder=folder,
+                    name=self.loaded.name,
+                    dtype=weight.dtype,
+                    device=settings.device,
+                    max_context_tokens=max_context_tokens,
+                    max_num_seqs=settings.slots,
+                    vocab_size=len(self.loaded.tokenizer),
+                    kv_cache_bytes=settings.kv_cache_bytes
+                    or _kv_bytes(model.config, weight.dtype, settings.slots, max_context_tokens),
+                    empty=empty,
+                    enforce_eager=settings.enforce_eager,
+                    pooled_kv=settings.pooled_kv,
+                    lora_rank=rank,
+                    num_adapters=len(set(self._slot_of.values())),
+                    lora_targets=targets,
+                )
+            )
+
+    def served(self) -> dict[str, Tensor]:
+        """What is sampled with at this moment, by the trainer's names: the weights, and the own adapter's slot."""
+        tensors = named_as_in(self.loaded.model, served_tensors(self.core.module))
+        if self._rank and self._slots is not None:
+            slot = self._slots.tensors(self._slot_of[self._own_role])
+            tensors |= {name: slot[name] for name in adapter_tensors(self.loaded.model) if name in slot}
+        return tensors
+
+    def salt(self, role: Role) -> str:
+        """Keys and values are found again under the same role and version only."""
+        return f"{role}@{self._versions[role]}"
+
+    def adapter(self, role: Role) -> Any:
+        """vLLM's name for the role's adapter; None where it has none."""
+        if self._slots is None or role not in self._slot_of:
+            return None
+        return self._slots.request(self._slot_of[role], self._versions[role])
+
+    def publish(self, version: int, *, frozen: Collection[Role], busy: Collection[Role]) -> None:
+        """The trained weights changed: the adapter's role, or all roles of a model without one, get a new version.
+
+        `busy` roles have unfinished requests; those compute their contexts anew. A model that serves frozen roles only
+        did not change.
+        """
+        moved = [self._own_role] if self._rank else list(self.roles)
+        if all(role in frozen for role in moved):
+            return
+        for role in moved:
+            self._versions[role] = version
+        # A new version is enough to miss old keys. The cache is dropped where somebody holds some, or all are stale.
+        if not self._rank or any(role in busy for role in moved):
+            self.core.forget_kv()
+
+    def _sample(self, prompt_ids: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
+        """Greedy ids and log-probabilities, with nothing else in the engine."""
+        self.core.add(
+            PROBE_KEY,
+            prompt_ids,
+            Sampling(max_new_tokens=num_tokens, temperature=0.0),
+            eos_ids=(),
+            stopped=None,
+            salt=PROBE_KEY,
+            with_logprobs=True,
+            adapter=self.adapter(self._own_role),
+        )
+        while True:
+            for finished in self.core.step():
+                return finished.token_ids, finished.logprobs
+
+
+def _targets(loaded: LoadedModel, adapters: Mapping[Role, Mapping[str, Tensor]]) -> tuple[str, ...]:
+    """Last names of all layers that some adapter is on."""
+    names = [name.split(".")[-3] for tensors in adapters.values() for name in tensors]
+    return tuple(sorted({*adapter_targets(loaded.model), *names}))
+
+
+def _check_model(loaded: LoadedModel, roles: Sequence[Role], max_context_tokens: int) -> None:
+    config = loaded.model.config
+    positions = config.max_position_embeddings
+    if max_context_tokens > positions:
+        raise PreflightError(
+            f"The {' and '.join(roles)} may need contexts of {max_context_tokens} tokens, but model {loaded.name!r} "
+            f"knows {positions} positions. Lower game.max_context_tokens (for a simulator: max_new_tokens), or take "
+            "another model."
+        )
+    if getattr(config, "quantization_config", None):
+        raise PreflightError(
+            f"Model {loaded.name!r} has quantised weights, which can't be trained in place. Give its plain bfloat16 or "
+            "float32 weights, or use engine.kind = 'transformers'."
+        )
+    if default_device().type == "cpu" and _head_dim(config) < SMALLEST_CPU_HEAD:
+        raise PreflightError(
+            f"Model {loaded.name!r} has attention heads of {_head_dim(config)} numbers; vLLM on a CPU needs at least "
+            f"{SMALLEST_CPU_HEAD}. Use engine.kind = 'transformers'."
+        )
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _kv_bytes(config: Any, dtype: torch.dtype, slots: int, max_context_tokens: int) -> int:
+    """Bytes for `slots` sequences of full length, in whole blocks, and one block that vLLM keeps for itself."""
+    block = cache_block_tokens()
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config) * dtype.itemsize
+    return int((slots * -(-(max_context_tokens + 1) // block) + 1) * block * per_token)
