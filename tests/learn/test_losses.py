@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from zs_fast.config import ALGORITHM_DEFAULTS, AlgorithmConfig, TrainConfig
+from zs_fast.errors import EngineError
 from zs_fast.learn.algorithms import credit
 from zs_fast.learn.critic import Critic
 from zs_fast.learn.losses import MiniBatchSize, micro_batch_loss, token_weights
@@ -117,3 +118,39 @@ def test_a_steered_kl_coefficient_follows_its_target(make_groups) -> None:  # ty
     resumed = Updater(make_roles(), TrainConfig(), algorithm, total_steps=3)
     resumed.load_state(updater.state())
     assert resumed.kl_coefficient == updater.kl_coefficient
+
+
+def test_a_correction_weighs_tokens_by_how_likely_the_trainer_finds_them(make_groups) -> None:  # type: ignore[no-untyped-def]
+    """Sampler's log-probabilities twice too high or low: weights e^-d, cut at 2 or left out outside [0.5, 2]."""
+    roles = make_roles()
+    packed = pack(make_groups(2, 3), token_budget=10_000)
+    scored = score(packed, roles, old_logprobs=True)
+    shift = torch.zeros(packed.num_tokens)
+    shift[packed.loss_index] = torch.linspace(-1.0, 1.0, packed.num_loss_tokens)
+    packed = replace(packed, rollout_logprobs=scored.old_logprobs + shift)
+    scored = replace(scored, packed=packed)
+    size = MiniBatchSize(loss_tokens=packed.num_loss_tokens, sequences=6, longest=16)
+    (micro,) = packed.micro_batches(10_000)
+    rho = torch.exp(-shift[packed.loss_index])
+    rules = {"truncate": rho.clamp(max=2.0), "mask": torch.where((rho >= 0.5) & (rho <= 2.0), rho, 0.0)}
+    for mode, expected_weights in rules.items():
+        algorithm = AlgorithmConfig(kl_coefficient=0.0, correction="token", correction_mode=mode)
+        batch = credit(scored, algorithm)
+        loss, sums = micro_batch_loss(roles.policy.model, micro, batch, algorithm, size, temperature=1.0)
+        expected = -(expected_weights * batch.advantages[packed.loss_index]).sum() / packed.num_loss_tokens
+        assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
+        assert float(sums["mismatch"]) == pytest.approx(float(shift.abs().sum()), rel=1e-4)
+        outside = (rho > 2.0) | ((rho < 0.5) & (mode == "mask"))
+        assert float(sums["mismatch_outside"]) == float(outside.sum()) > 0
+    assert Updater(roles, TrainConfig(), algorithm, total_steps=1).needs_old_logprobs
+
+
+def test_the_samplers_own_logprobs_can_be_the_old_ones(make_groups, make_trajectory, make_group) -> None:  # type: ignore[no-untyped-def]
+    algorithm = AlgorithmConfig(kl_coefficient=0.0, old_logprobs="sampler")
+    updater = Updater(make_roles(), TrainConfig(mini_batches=2), algorithm, total_steps=1)
+    packed = pack(make_groups(2, 3), token_budget=10_000)  # the sampler said -1 everywhere
+    values = updater.update(credit(score(packed, updater.roles), algorithm)).values
+    assert values["ratio/mean"] != 1.0 and not updater.needs_old_logprobs
+    silent = make_group([make_trajectory([1], [([2], [])], reward=r, logprob=None) for r in (0.0, 1.0)])
+    with pytest.raises(EngineError, match=r"algorithm\.old_logprobs"):
+        updater.update(credit(score(pack([silent] * 2, token_budget=99), updater.roles), algorithm))

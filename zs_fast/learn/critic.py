@@ -18,7 +18,7 @@ from zs_fast.learn.optimizer import Optimizer, Schedule
 from zs_fast.learn.policy import hidden_states, training_mode
 from zs_fast.models.load import LoadedModel
 from zs_fast.system.distributed import all_reduce_sums
-from zs_kernels.value_loss import value_loss
+from zs_kernels import value_loss
 
 
 class Critic(nn.Module):

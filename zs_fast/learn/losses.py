@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from zs_fast.config import AlgorithmConfig
 from zs_fast.learn.batch import MicroBatch, TrainBatch
 from zs_fast.learn.policy import hidden_states
-from zs_kernels import linear_logprobs, policy_loss
-from zs_kernels.linear_policy_loss import linear_policy_loss
-from zs_kernels.policy_loss import METRICS, PolicyLossSettings
+from zs_kernels import METRICS, PolicyLossSettings, linear_logprobs, linear_policy_loss, policy_loss
+from zs_kernels.importance_weights import ImportanceWeights, importance_weights
 
 KL_CLAMP = "verl"
 """Log-ratios bounded to +-20 and the estimate to 10 nats, as verl (and ZeroSearch for the latter) has it."""
@@ -78,6 +77,13 @@ def micro_batch_loss(
     ref_logprobs = None if ref is None else micro.at_loss_tokens(ref)
     advantages = micro.at_loss_tokens(batch.advantages)
     weights = token_weights(micro, size, config.aggregation)
+    rollout_logprobs = micro.at_loss_tokens(batch.scored.packed.rollout_logprobs)
+    importance = None
+    if config.correction != "none":
+        assert old_logprobs is not None, (
+            "a correction compares the trainer's own log-probabilities with the sampler's"
+        )
+        importance = _against_sampler(old_logprobs, rollout_logprobs, micro, config).weights
     if settings.form == "gspo":  # a trajectory's ratio is known only when all its log-probabilities are
         scored = linear_logprobs(
             hidden, head.weight, micro.loss_targets, bias=head.bias, temperature=temperature, entropy=True
@@ -89,6 +95,7 @@ def micro_batch_loss(
             logprobs.detach() if old_logprobs is None else old_logprobs,
             advantages,
             weights,
+            importance_weights=importance,
             ref_logprobs=ref_logprobs,
             entropy=scored.entropy,
             cu_seqlens=torch.tensor(micro.loss_cu_seqlens, device=hidden.device),
@@ -105,6 +112,7 @@ def micro_batch_loss(
             weights,
             settings=settings,
             ref_logprobs=ref_logprobs,
+            importance_weights=importance,
             bias=head.bias,
             temperature=temperature,
         )
@@ -113,7 +121,29 @@ def micro_batch_loss(
     sums = _named_sums(metrics, has_reference=ref is not None)
     sums["loss/policy"] = metrics["policy_sum"] * size.loss_tokens
     before = logprobs.detach() if old_logprobs is None else old_logprobs
-    return loss, sums | _mismatch(before, micro.at_loss_tokens(batch.scored.packed.rollout_logprobs))
+    mismatch = _against_sampler(before, rollout_logprobs, micro, config).metrics
+    sums |= {
+        "mismatch_tokens": mismatch.token_count,
+        "mismatch": mismatch.absolute_sum,
+        "mismatch_k3": mismatch.k3_sum,
+        "mismatch_outside": mismatch.outside_count,
+    }
+    return loss, sums
+
+
+def _against_sampler(
+    logprobs: Tensor, rollout_logprobs: Tensor, micro: MicroBatch, config: AlgorithmConfig
+) -> ImportanceWeights:
+    """Weights and mismatch of `logprobs` [m] against the sampler's; tokens for which it gave none don't count."""
+    return importance_weights(
+        logprobs,
+        rollout_logprobs,
+        cu_seqlens=torch.tensor(micro.loss_cu_seqlens, device=logprobs.device),
+        level="token" if config.correction == "none" else config.correction,
+        bound=config.correction_mode,
+        low=config.correction_low if config.correction_mode == "mask" else 0.0,
+        high=config.correction_high,
+    )
 
 
 def _named_sums(metrics: Mapping[str, Tensor], *, has_reference: bool) -> dict[str, Tensor]:
@@ -125,10 +155,3 @@ def _named_sums(metrics: Mapping[str, Tensor], *, has_reference: bool) -> dict[s
         "entropy": metrics["entropy_sum"],
     }
     return sums | ({"kl": metrics["kl_sum"]} if has_reference else {})
-
-
-def _mismatch(old_logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, Tensor]:
-    """How far the sampler's log-probabilities are from the trainer's, over tokens for which the sampler gave one."""
-    known = ~torch.isnan(rollout_logprobs)
-    difference = torch.where(known, old_logprobs - rollout_logprobs, 0.0)
-    return {"mismatch": difference.abs().sum(), "mismatch_tokens": known.sum().to(difference.dtype)}

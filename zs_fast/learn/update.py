@@ -119,7 +119,7 @@ class Updater:
         if self.algorithm.old_logprobs == "sampler":
             return False
         kl_in_reward = self.algorithm.kl_in == "reward" and self.kl_coefficient > 0.0
-        return self.updates_per_batch > 1 or kl_in_reward
+        return self.updates_per_batch > 1 or kl_in_reward or self.algorithm.correction != "none"
 
     def _steer_kl(self, values: Mapping[str, float]) -> None:
         """Move the coefficient by up to 2 % towards the one that holds the KL at its target (arXiv:1909.08593, 2.2)."""
@@ -237,7 +237,10 @@ class Updater:
         if self.algorithm.entropy_coefficient:
             values["loss/entropy"] = -self.algorithm.entropy_coefficient * totals.mean("entropy")
         if totals.sums["mismatch_tokens"]:
-            values["logprobs/rollout_mismatch"] = totals.sums["mismatch"] / totals.sums["mismatch_tokens"]
+            tokens = totals.sums["mismatch_tokens"]
+            values["logprobs/rollout_mismatch"] = totals.sums["mismatch"] / tokens
+            values["logprobs/rollout_k3"] = totals.sums["mismatch_k3"] / tokens
+            values["logprobs/rollout_outside_share"] = totals.sums["mismatch_outside"] / tokens
         return values
 
 
