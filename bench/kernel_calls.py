@@ -27,6 +27,7 @@ from zs_kernels import _sweeps as sweeps
 from zs_kernels._policy_terms import PolicyLossSettings
 from zs_kernels.group_advantages import MODES
 from zs_kernels.kl_estimates import _kl_estimates_triton
+from zs_kernels.loss_weights import _loss_weights_triton
 from zs_kernels.value_loss import _value_terms_triton
 
 Call = Callable[[int], Any]
@@ -211,6 +212,10 @@ CALLS: dict[str, Call] = {
     "whitening of everything": lambda rows: masked_whitened(1, 512 * rows),
     "whitening of rows, mean kept": lambda rows: masked_whitened(rows, 2048, shift=False, fill=False),
     "whitening with other ranks' moments": lambda rows: masked_whitened(1, 512 * rows, given=8),
+    "loss weights": lambda rows: _loss_weights_triton(mask_of(rows), tokens(65), "token-mean", None, None, 0.0, 1.0),
+    "loss weights, given counts": lambda rows: _loss_weights_triton(
+        mask_of(rows), tokens(65), "seq-mean-token-mean", made(1), made(1), 2048.0, 0.5
+    ),
     "GRPO over tokens": lambda rows: groups(1280, "grpo"),
     "RLOO of trajectories": lambda rows: groups(1280, "rloo", spread=False),
     "REINFORCE++ from token rewards": lambda rows: groups(1280, "reinforce++", per_token=True),

@@ -123,3 +123,28 @@ def test_offsets_that_overflow_are_found(toys, how):
 def test_spills_are_found(toys):
     page, faults = toys["spilling"]
     assert any("spilled" in fault for fault in faults) and "B spilled**" in page
+
+
+COUNT_VARIANTS = """
+import json
+from bench import ahead_of_time, kernel_calls
+
+def compiled(rows):
+    with ahead_of_time.compile_only(90) as launches:
+        for call in kernel_calls.CALLS.values():
+            call(rows)
+    return {(launch.name, id(launch.compiled)): launch for launch in launches}
+
+warm = [compiled(rows) for rows in (8192, 8193)]
+known = {key for one in warm for key in one}
+fresh = [key[0] for rows in range(8209, 8849, 32) for key in compiled(rows) if key not in known]
+print(json.dumps(sorted(set(fresh))))
+"""
+
+
+def test_twenty_more_lengths_compile_nothing_new(tmp_path):
+    """Lengths that 16 divides, and those that it does not, are two variants; no third one is ever made."""
+    (tmp_path / "count_variants.py").write_text(COUNT_VARIANTS)
+    done = python(str(tmp_path / "count_variants.py"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
