@@ -1,13 +1,32 @@
 #!/usr/bin/env bash
-# The checks that need a GPU, on a machine with torch preinstalled: no virtual environment, no network.
-# UNMEASURED: this script has not run on a GPU yet; it exists so that the first machine with one can run it as it stands.
-# Builds in place, runs the tests that need no GPU-less reference beside those under tests/gpu, trains the quickstart
-# for a few steps on CUDA, measures the ops, and leaves everything under bench/results/<device>/.
-# PYTHON=python3.12 bash scripts/gpu.sh     ZS_GPU_STEPS=20 bash scripts/gpu.sh
+# The checks that need a GPU, in parts of at most nine minutes, each of which can run alone: no network, no virtual
+# environment, torch and Triton preinstalled. UNMEASURED: no part has run on a GPU yet.
+#   bash scripts/gpu.sh ops         build in place, tests/gpu
+#   bash scripts/gpu.sh sanitizer   compute-sanitizer's four tools over every op at small sizes
+#   bash scripts/gpu.sh bench       zs-fast bench ops
+#   bash scripts/gpu.sh train       the quickstart's model for a few steps on CUDA
+#   bash scripts/gpu.sh             all of them
+# Python: $PYTHON (python3). Results: $ZS_RESULTS/<device>/ (bench/results). Packages that are missing there: a folder
+# of wheels in $ZS_WHEELS (peers for `bench`; pydantic, tyro and the like for `train`), installed beside, not into, it.
+# Steps of `train`: $ZS_GPU_STEPS (10). Cases of `bench`: $ZS_GPU_CASES, as in "gae row_logprobs" (all).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-export PYTHONPATH=.:kernels
+part=${1:-all}
+case $part in ops | sanitizer | bench | train | all) ;; *)
+    sed -n '2,12s/^# \{0,1\}//p' "$0"
+    exit 2
+    ;;
+esac
+export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export TRITON_INTERPRET=0 TRITON_DEFAULT_FP_FUSION=1
+export ZS_RESULTS=${ZS_RESULTS:-bench/results}
+
+if [[ -n ${ZS_WHEELS:-} ]]; then
+    site=$(mktemp -d)
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$ZS_WHEELS"/*.whl
+    export PYTHONPATH=$site:$PYTHONPATH
+fi
 
 "$python" - <<'PY'
 import sys
@@ -17,17 +36,57 @@ except ImportError:
     sys.exit("gpu.sh: torch is not installed for this python; set PYTHON to one that has it")
 if not torch.cuda.is_available():
     sys.exit(f"gpu.sh: torch {torch.__version__} finds no CUDA device here; this script is for machines with a GPU")
+print(f"gpu.sh: torch {torch.__version__}, {torch.cuda.get_device_name()}")
 PY
 
-"$python" setup.py -q build_ext --inplace
-"$python" -m zs_fast.cli doctor
-
-device=$("$python" -c 'import torch; from bench.harness import device_slug; from zs_fast.system.environment import environment; print(device_slug(environment("cuda:0")))')
-results=bench/results/$device
+results=$ZS_RESULTS/$("$python" -c 'import torch, re; print(re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()).strip("_"))')
 mkdir -p "$results"
 
-"$python" -m pytest -q tests/ops tests/rollout tests/learn $([[ -d tests/gpu ]] && echo tests/gpu) | tee "$results/tests.txt"
-"$python" -m zs_fast.cli train quickstart --model.device cuda --train.steps "${ZS_GPU_STEPS:-10}" \
-    --output "runs/gpu_$(date +%s)" --json | tail -n 1 >"$results/quickstart.json"
-"$python" -m zs_fast.cli bench ops
+build() {
+    # As many compilers as cores; the CUDA operators where nvcc is.
+    MAX_JOBS=$(nproc) "$python" setup.py -q build_ext --inplace
+}
+
+ops() {
+    build
+    timeout 480 "$python" -m pytest -q -p no:cacheprovider --durations=10 -rs tests/gpu 2>&1 | tee "$results/tests_gpu.txt"
+}
+
+sanitizer() {
+    command -v compute-sanitizer >/dev/null || { echo "gpu.sh: compute-sanitizer is not on the PATH" >&2; return 1; }
+    build
+    "$python" -m bench.small_calls >/dev/null # compiles the kernels, so that the tools below find them in the cache
+    local tool failed=0
+    for tool in memcheck racecheck initcheck synccheck; do
+        # Torch's caching allocator would hand out memory next to which nothing is forbidden.
+        if PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$python" -m bench.small_calls >"$results/sanitizer_$tool.txt" 2>&1; then
+            echo "$tool: clean"
+        else
+            echo "$tool: exit $?, see $results/sanitizer_$tool.txt"
+            grep -m 5 -A 4 '=========' "$results/sanitizer_$tool.txt" || true
+            failed=1
+        fi
+    done
+    return $failed
+}
+
+bench() {
+    build
+    # shellcheck disable=SC2086  # one case a word
+    timeout 520 "$python" -m zs_fast.cli bench ops --untested ${ZS_GPU_CASES:+--only $ZS_GPU_CASES} \
+        2>&1 | tee "$results/bench_ops.txt"
+}
+
+train() {
+    build
+    timeout 480 "$python" -m zs_fast.cli train quickstart --model.device cuda --train.steps "${ZS_GPU_STEPS:-10}" \
+        --output "$(mktemp -d)/run" --json | tail -n 1 | tee "$results/quickstart.json"
+}
+
+if [[ $part == all ]]; then
+    for one in ops sanitizer bench train; do "$one"; done
+else
+    "$part"
+fi
 echo "gpu.sh: results are in $results"

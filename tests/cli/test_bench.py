@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import catalogue, harness, ops, peers, results, usage
+from bench import catalogue, harness, ops, peers, results, small_calls, usage
 from zs_fast.errors import ConfigError, PreflightError
 
 
@@ -172,3 +172,10 @@ def test_quick_runs_every_case(capsys, suite):
     assert {timing["case"] for timing in summary["timings"]} == set(names)
     assert set(Path(results.RESULTS).rglob("*.json")) == before
     assert "speedup" in capsys.readouterr().out
+
+
+def test_every_small_call_runs():
+    """They are what a GPU's memory checker is given."""
+    for rows in small_calls.LENGTHS:
+        for name, call in small_calls.small_calls("cpu", rows).items():
+            assert call() is not None, name
