@@ -108,6 +108,13 @@ def test_ops_need_torch_and_triton_alone(path):
     assert not found, f"{relative(path)} imports {sorted(found)}; zs_kernels is torch and triton alone"
 
 
+@pytest.mark.parametrize("path", ALL, ids=relative)
+def test_vllm_is_known_in_its_own_files_alone(path):
+    """Its private names change with every version."""
+    users = {name for name in imports(path) if within(name, ("vllm",))}
+    assert not users or path.name.startswith("vllm_"), f"{relative(path)} imports {sorted(users)}"
+
+
 def test_no_kernels_package():
     """With an __init__.py, `kernels` in the root would hide Hugging Face's package of that name from transformers."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

