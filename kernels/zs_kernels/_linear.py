@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zs_kernels._check import describe, require, require_floating, require_tensor
+from zs_kernels._check import describe, require, require_floating, require_number, require_tensor
 from zs_kernels._linear_shards import Shards
 
 DEFAULT_WORKSPACE_BYTES = {"cpu": 320 << 20, "cuda": 5 << 29}
@@ -342,8 +342,7 @@ def counted(op: str, mask: Tensor | None, count: int | None) -> int:
         require(count is None, op, "mask_count", "None without a mask", count)
         return -1
     if count is not None:
-        if not 0 <= count <= mask.shape[0]:
-            require(False, op, "mask_count", f"between 0 and {mask.shape[0]}", count)
+        require_number(op, "mask_count", count, low=0, high=mask.shape[0], integer=True)
         return count
     return int(mask.sum()) if mask.device.type == "cpu" and not torch.compiler.is_compiling() else -1
 

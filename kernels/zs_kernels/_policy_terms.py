@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zs_kernels._check import require
+from zs_kernels._check import require, require_number, require_positive
 from zs_kernels._triton import tl, triton
 from zs_kernels.kl_estimates import ESTIMATORS, clamp_bounds, kl_code, kl_parts_kernel, kl_parts_reference
 
@@ -74,19 +74,20 @@ def check_settings(op: str, settings: PolicyLossSettings, *, has_ref: bool, has_
     """Raise ValueError for settings that mean nothing, or that need a tensor which was not given."""
     s = settings
     require(s.form in FORMS, op, "form", f"one of {', '.join(FORMS)}", s.form)
-    require(s.clip_low >= 0.0, op, "clip_low", "at least 0", s.clip_low)
-    require(s.clip_high >= 0.0, op, "clip_high", "at least 0", s.clip_high)
+    for name in ("clip_low", "clip_high", "kl_coefficient", "entropy_coefficient"):
+        require_number(op, name, getattr(s, name), low=0.0 if name.startswith("clip") else -math.inf)
     clips = s.form in ("ppo", "gspo")
     if s.dual_clip is not None:
         require(clips, op, "dual_clip", "None for this form", s.dual_clip)
+        require_number(op, "dual_clip", s.dual_clip)
         require(s.dual_clip > 1.0, op, "dual_clip", "above 1", s.dual_clip)
     if s.ratio_cap is not None:
         require(clips or s.form == "cispo_cap", op, "ratio_cap", "None for this form", s.ratio_cap)
-        require(s.ratio_cap > 0.0, op, "ratio_cap", "above 0", s.ratio_cap)
+        require_positive(op, "ratio_cap", s.ratio_cap)
     require(s.form != "cispo_cap" or s.ratio_cap is not None, op, "ratio_cap", "a number (form cispo_cap)", s.ratio_cap)
     require(s.min_log_ratio < s.max_log_ratio, op, "min_log_ratio", "below max_log_ratio", s.min_log_ratio)
     require(s.kl_estimator in ESTIMATORS, op, "kl_estimator", f"one of {', '.join(ESTIMATORS)}", s.kl_estimator)
-    clamp_bounds(op, s.kl_clamp, s.kl_estimator)
+    clamp_bounds(op, s.kl_clamp, s.kl_estimator, argument="kl_clamp")
     require(s.kl_coefficient == 0.0 or has_ref, op, "ref_logprobs", "given where kl_coefficient is not 0", None)
     require(s.entropy_coefficient == 0.0 or has_entropy, op, "entropy", "given with entropy_coefficient", None)
 

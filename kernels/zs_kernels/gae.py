@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zs_kernels._check import require, require_floating, require_integers, require_mask, require_tensor
+from zs_kernels._check import require, require_floating, require_integers, require_mask, require_number, require_tensor
 from zs_kernels._device import backend_of
 from zs_kernels._gae_triton import MERGED_AT_ONCE, _gae_triton, _statistics_triton, _whiten_triton
 
@@ -271,7 +271,8 @@ def _run(
         require(given.device == rewards.device, "gae", name, "on the device of rewards", given)
     for name in ("gamma", "lam"):
         number = per_sequence[name]
-        require(name in tensors or 0.0 <= number <= 1.0, "gae", name, "a number in [0, 1] or a tensor [S]", number)
+        if name not in tensors:
+            require_number("gae", name, number, low=0.0, high=1.0)
     mode = MODE_OF[mode]
     advantages, returns, found = torch.ops.zs_kernels.gae(
         rewards.detach().flatten(),
@@ -289,7 +290,9 @@ def _run(
         eps,
         shift_mean,
     )
-    return GaeWithStatistics(advantages.view(rewards.shape), returns.view(rewards.shape), found)
+    if cu_seqlens is None:
+        advantages, returns = advantages.view(rewards.shape), returns.view(rewards.shape)
+    return GaeWithStatistics(advantages, returns, found)
 
 
 def number_of_sequences(op: str, cu_seqlens: Tensor, device: torch.device) -> int:

@@ -33,6 +33,7 @@ from zs_kernels._check import (
     require_index,
     require_integers,
     require_mask,
+    require_number,
     require_positive,
     require_tensor,
 )
@@ -258,6 +259,7 @@ def group_advantages(
     require(rewards.dim() == 1 or (rewards.dim() == 2 and not packed), OP, "rewards", "[S], [S, T] or [N]", rewards)
     require(packed or not per_token, OP, "per_token", "given with cu_seqlens only", per_token)
     require_tensor(OP, "groups", groups)
+    require_number(OP, "num_groups", num_groups, low=0, integer=True)
     S = rewards.shape[0] if cu_seqlens is None else number_of_sequences(OP, cu_seqlens, rewards.device)
     require_integers(OP, "groups", groups, (S,), device=rewards.device)
     require_mask(OP, "valid", valid, (S,), rewards.device)

@@ -36,9 +36,9 @@ CLAMPS: dict[str, dict[str, Bounds]] = {
 listed is not clamped there. A clamped token has gradient 0."""
 
 
-def clamp_bounds(op: str, clamp: str, estimator: str) -> Bounds:
+def clamp_bounds(op: str, clamp: str, estimator: str, *, argument: str = "clamp") -> Bounds:
     """(bound on |d|, bound on |estimate|), None for no bound. Raises ValueError for an unknown name."""
-    require(clamp in CLAMPS, op, "clamp", f"one of {', '.join(CLAMPS)}", clamp)
+    require(clamp in CLAMPS, op, argument, f"one of {', '.join(CLAMPS)}", clamp)
     return CLAMPS[clamp].get(estimator.removesuffix("+"), (None, None))
 
 

@@ -185,15 +185,14 @@ def policy_loss(
         require(value.device == device, op, name, f"on {device} like logprobs", value)
     require_mask(op, "mask", mask, shape, device)
     settings = PolicyLossSettings(
-        form, float(clip_low), float(clip_high), dual_clip, ratio_cap, float(kl_coefficient), kl_estimator, kl_clamp,
-        float(entropy_coefficient), float(min_log_ratio), float(max_log_ratio),
+        form, clip_low, clip_high, dual_clip, ratio_cap, kl_coefficient, kl_estimator, kl_clamp, entropy_coefficient,
+        min_log_ratio, max_log_ratio,
     )  # fmt: skip
     check_settings(op, settings, has_ref=ref_logprobs is not None, has_entropy=entropy is not None)
-    if form == "gspo":
-        require(cu_seqlens is not None, op, "cu_seqlens", "given for the form gspo", cu_seqlens)
+    require(form != "gspo" or cu_seqlens is not None, op, "cu_seqlens", "given for the form gspo", cu_seqlens)
+    if cu_seqlens is not None:
         require_cu_seqlens(op, cu_seqlens, device)
-    else:
-        cu_seqlens = None
+        cu_seqlens = cu_seqlens if form == "gspo" else None
     loss, _, _, metrics = _policy_loss_op(
         logprobs, old_logprobs, advantages, weights, entropy, ref_logprobs, importance_weights, mask, cu_seqlens,
         *settings,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zs_kernels._check import require, require_floating, require_mask
+from zs_kernels._check import require, require_floating, require_mask, require_positive
 from zs_kernels._device import backend_of
 from zs_kernels._reduction_kernels import masked_statistics_triton, masked_whiten_triton
 
@@ -268,7 +268,7 @@ def masked_mean(
     statistics = _statistics_op(*_rows(op, values, mask, dim))
     count, total = statistics[:, 0], statistics[:, 3]
     if denominator is not None:
-        require(denominator > 0, op, "denominator", "above 0", denominator)
+        require_positive(op, "denominator", denominator)
         result = total / (denominator + eps)
     else:
         result = _too_few(op, total / (count.clamp(min=1.0) + eps), count, 1, empty)

@@ -26,6 +26,7 @@ from zs_kernels._check import (
     require_floating,
     require_integers,
     require_mask,
+    require_number,
     require_positive,
     require_tensor,
 )
@@ -205,8 +206,7 @@ def _check(
     if isinstance(temperature, Tensor):
         good = temperature.device == device and not temperature.requires_grad
         require(good, op, "temperature", f"on {device} and without a gradient", temperature)
-    if not 0 <= top_k <= vocabulary:
-        require(False, op, "top_k", f"between 0 and V = {vocabulary}", top_k)
+    require_number(op, "top_k", top_k, low=0, high=vocabulary, integer=True)
     if softcap is not None:
         require_positive(op, "softcap", softcap)
     if bias is not None:

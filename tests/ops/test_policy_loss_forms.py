@@ -375,7 +375,7 @@ def test_gspo_ratio_is_the_geometric_mean_of_the_sequence(backend: str) -> None:
         ({"kl_coefficient": 0.1}, "'ref_logprobs'"),
         ({"entropy_coefficient": 0.1}, "'entropy'"),
         ({"kl_estimator": "k9"}, "'kl_estimator'"),
-        ({"kl_clamp": "nobody"}, "'clamp'"),
+        ({"kl_clamp": "nobody"}, "'kl_clamp'"),
         ({"min_log_ratio": 1.0, "max_log_ratio": 0.0}, "'min_log_ratio'"),
         ({"importance_weights": torch.zeros(4)}, "'importance_weights'"),
         ({"entropy": torch.zeros(3, dtype=torch.int64)}, "'entropy'"),
