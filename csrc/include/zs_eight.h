@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // what the header calls undefined, GCC 12 takes for a mistake
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -153,13 +153,20 @@ ZS_EIGHT_INLINE Mask mask_of(uint64_t bits) {
   }
   return r;
 }
-ZS_EIGHT_INLINE FloatMask float_mask_of(uint64_t bits) {
-  alignas(32) static const int32_t lane_bit[kLanes] = {1, 2, 4, 8, 16, 32, 64, 128};
+// Lane i is true where bool i is.
+ZS_EIGHT_INLINE FloatMask float_mask_of(const bool* from) {
   FloatMask r;
+#if defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  r.part[0] = -(IntPart)_mm256_cvtepu8_epi32(bytes);
+#else
+  const int32_t bits = static_cast<int32_t>(bits_of(from));
+  alignas(32) static const int32_t lane_bit[kLanes] = {1, 2, 4, 8, 16, 32, 64, 128};
   ZS_EIGHT_FLOAT_PARTS {
     const IntPart bit = *reinterpret_cast<const IntPart*>(lane_bit + p * kFloatPartLanes);
-    r.part[p] = ((IntPart{} + static_cast<int32_t>(bits)) & bit) == bit;
+    r.part[p] = ((IntPart{} + bits) & bit) == bit;
   }
+#endif
   return r;
 }
 

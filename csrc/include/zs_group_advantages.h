@@ -39,10 +39,10 @@ Moments group_advantages(const GroupInputs& inputs, const GroupOutputs& outputs)
 
 }  // namespace zs
 
-// Of sequences first .. last - 1: the sum of the unmasked rewards (null: 0) and how many there are.
-// mask null: all count.
+// Of sequences first .. last - 1: the sum of the unmasked rewards (mask null: all of them), and how many they are.
 ZS_DECLARE(void sum_sequences(const float* rewards, const bool* mask, const int64_t* bounds, int64_t first, int64_t last,
-                              double* sums, double* counts))
+                              double* sums))
+ZS_DECLARE(void count_sequences(const bool* mask, const int64_t* bounds, int64_t first, int64_t last, double* counts))
 // Each unmasked token of sequences first .. last - 1 gets its sequence's number, the others 0.
 ZS_DECLARE(void spread_sequences(const float* per_sequence, const bool* mask, const int64_t* bounds, int64_t first,
                                  int64_t last, float* out))

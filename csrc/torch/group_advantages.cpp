@@ -41,11 +41,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_advantages(
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, mean_length));  // tokens worth a thread
 
   const bool weighted = bounds && zs::whitens(static_cast<zs::GroupMode>(mode));
-  std::vector<double> sums(num_sequences), counts(num_sequences);
+  std::vector<double> sums(num_sequences), counts(weighted ? num_sequences : 0);
   if (per_token || weighted) {
-    const float* summed = per_token ? given_rewards : nullptr;
     torch::stable::parallel_for(0, num_sequences, grain, [&](int64_t first, int64_t last) {
-      ZS_CALL(sum_sequences, summed, counted, bounds, first, last, sums.data(), counts.data());
+      if (per_token) ZS_CALL(sum_sequences, given_rewards, counted, bounds, first, last, sums.data());
+      if (weighted) ZS_CALL(count_sequences, counted, bounds, first, last, counts.data());
     });
   }
   if (!per_token) std::copy(given_rewards, given_rewards + num_sequences, sums.begin());
