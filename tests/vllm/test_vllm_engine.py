@@ -225,6 +225,25 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * 4096
 
 
+def test_a_cache_too_small_for_all_makes_them_wait_or_compute_again(
+    small, vllm_engine, run, prompt, difference, monkeypatch
+):
+    loaded = small()
+    per_token = 2 * 2 * 1 * 32 * 4
+    engine = vllm_engine(loaded, max_context_tokens=255, kv_cache_bytes=10 * 32 * per_token)
+    scheduler = engine._served[0].core._engine.engine_core.engine_core.scheduler
+    preempt, preempted = scheduler._preempt_request, []
+    monkeypatch.setattr(scheduler, "_preempt_request", lambda *a, **k: preempted.append(a) or preempt(*a, **k))
+    for row in range(8):
+        engine.add(row, prompt(row, 40), Sampling(max_new_tokens=180, seed=row), role=POLICY)
+    together = run(engine)
+    assert len(together) == 8 and preempted
+    for done in together:
+        assert difference(loaded, prompt(done.request_id, 40), done) < 1e-5
+    with pytest.raises(PreflightError, match=r"vLLM can't run it.*KV cache"):
+        vllm_engine(small(), max_context_tokens=255, kv_cache_bytes=2 * 32 * per_token)
+
+
 def test_two_models_advance_in_turn_and_each_speaks_by_its_own_weights(
     small, vllm_engine, run, prompt, difference, reference_table
 ):

@@ -70,6 +70,13 @@ def test_a_run_samples_with_what_it_trained_in_the_step_before(whole_run):
     assert 0.0 <= summary["f1_after"] <= 1.0
 
 
+def test_the_same_seed_gives_the_same_run(whole_run, tmp_path):
+    """On a CPU with one number of threads. A resume does not: its cache starts empty, and batches round differently."""
+    train(small_run(tmp_path / "again"))
+    assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
+    assert state(tmp_path / "again", STEPS) == state(whole_run, STEPS)
+
+
 def test_a_resume_goes_on_with_the_saved_weights(whole_run, tmp_path):
     resumed = tmp_path / "resumed"
     shutil.copytree(whole_run, resumed)

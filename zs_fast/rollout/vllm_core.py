@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zs_fast.errors import EngineError, PreflightError
-from zs_fast.rollout.vllm_patches import STATE, Stopped, patch_for_good, patched_while_building, stop_watch
+from zs_fast.rollout.vllm_patches import STATE, Stopped, patch_for_good, patched_while_building, quiet, stop_watch
 from zs_fast.types import Sampling
 
 ENVIRONMENT = {
@@ -88,7 +88,8 @@ def require_vllm() -> Any:
         )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import vllm
+    with quiet():
+        import vllm
 
     return vllm
 
@@ -138,7 +139,7 @@ class VllmCore:
         _check_rank(settings)
         patch_for_good()
         try:
-            with patched_while_building(self._on_cpu):
+            with quiet(), patched_while_building(self._on_cpu):
                 self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**self._arguments()))
         except (
             ValueError,

@@ -76,11 +76,15 @@ class VllmEngine:
             role: max_context_tokens if isinstance(max_context_tokens, int) else max_context_tokens[role]
             for role in models
         }
-        for loaded in {id(loaded): loaded for loaded in models.values()}.values():
-            roles = [role for role in models if models[role] is loaded]
-            served = ServedModel(loaded, roles, max(limits[role] for role in roles), settings)
-            self._served.append(served)
-            self._lanes |= {role: _Lane(role, served, limits[role]) for role in roles}
+        try:
+            for loaded in {id(loaded): loaded for loaded in models.values()}.values():
+                roles = [role for role in models if models[role] is loaded]
+                served = ServedModel(loaded, roles, max(limits[role] for role in roles), settings)
+                self._served.append(served)
+                self._lanes |= {role: _Lane(role, served, limits[role]) for role in roles}
+        except BaseException:
+            self.close()
+            raise
         self._kv_is_released = False
         cores = [served.core for served in self._served]
         self._kv: CpuKv | CudaKv | None = None

@@ -70,12 +70,16 @@ class ServedModel:
         if rank:
             self._slot_of = self._name_slots(adapters, on_cpu=settings.device.type == "cpu")
         self.core = self._build_core(max_context_tokens, settings, rank, _targets(loaded, adapters))
-        if rank:
-            self._slots = AdapterSlots(self.core, sorted(set(self._slot_of.values())))
-            for role, tensors in adapters.items():
-                self._slots.write(self._slot_of[role], tensors)
-        share(loaded, self.served())
-        self.probe_difference = probe(loaded, self._sample)
+        try:
+            if rank:
+                self._slots = AdapterSlots(self.core, sorted(set(self._slot_of.values())))
+                for role, tensors in adapters.items():
+                    self._slots.write(self._slot_of[role], tensors)
+            share(loaded, self.served())
+            self.probe_difference = probe(loaded, self._sample)
+        except BaseException:
+            self.core.close()
+            raise
 
     def _name_slots(self, adapters: Collection[Role], *, on_cpu: bool) -> dict[Role, str]:
         """Role -> name of its slot. A role without one speaks by the base.

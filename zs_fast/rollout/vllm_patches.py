@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -40,6 +42,20 @@ class ProcessState:
 
 
 STATE = ProcessState()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Python warnings inside are about vLLM's own code, and Triton's absence on a CPU is no news."""
+    logger = logging.getLogger("torch._library.triton")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def patch_for_good() -> None:
