@@ -104,15 +104,6 @@ def statistics_reference(advantages: Tensor, mask: Tensor | None) -> Tensor:
     return torch.stack([count, mean, torch.where(counted, numbers - mean, 0.0).square().sum()])
 
 
-def merge_statistics(parts: Tensor) -> Tensor:
-    """[3] float64 of a whole from the statistics of its parts [R, 3], the ranks of a data-parallel group say; the order
-    of the sums is that of the rows. Source: Chan, Golub and LeVeque, 1983."""
-    count, mean, squares = parts.double().unbind(dim=-1)
-    total = count.sum()
-    whole = (count * mean).sum() / total.clamp(min=1.0)
-    return torch.stack([total, whole, (squares + count * (mean - whole).square()).sum()])
-
-
 def whiten_reference(
     advantages: Tensor, mask: Tensor | None, statistics: Tensor, *, ddof: int, eps: float, shift_mean: bool
 ) -> Tensor:
@@ -256,11 +247,12 @@ def _run(
     require(values.device == rewards.device, "gae", "values", "on the device of rewards", values)
     require_mask("gae", "mask", mask, tuple(rewards.shape), rewards.device)
     require(mode in MODE_OF, "gae", "mode", f"one of {', '.join(MODE_OF)}", mode)
-    require(ddof in (0, 1), "gae", "ddof", "0 or 1", ddof)
-    require(eps >= 0.0, "gae", "eps", "a number not below 0", eps)
+    require_number("gae", "ddof", ddof, low=0, high=1, integer=True)
+    require_number("gae", "eps", eps, low=0.0)
+    require_number("gae", "max_seqlen", max_seqlen, low=0, integer=True)
     if cu_seqlens is None:
         B, max_seqlen = rewards.shape
-        bounds = torch.arange(B + 1, device=rewards.device) * max_seqlen
+        bounds = row_bounds(B, max_seqlen, rewards.device)
     else:
         bounds = cu_seqlens
         B = number_of_sequences("gae", bounds, rewards.device)
@@ -293,6 +285,13 @@ def _run(
     if cu_seqlens is None:
         advantages, returns = advantages.view(rewards.shape), returns.view(rewards.shape)
     return GaeWithStatistics(advantages, returns, found)
+
+
+def row_bounds(B: int, T: int, device: torch.device) -> Tensor:
+    """[B + 1] bounds of B rows of T tokens laid end to end, made by one launch."""
+    if T == 0:
+        return torch.zeros(B + 1, dtype=torch.int64, device=device)
+    return torch.arange(0, B * T + 1, T, device=device)
 
 
 def number_of_sequences(op: str, cu_seqlens: Tensor, device: torch.device) -> int:
@@ -377,8 +376,8 @@ def whiten_advantages(
     require_floating(op, "statistics", statistics, shape=(3,))
     good = statistics.dtype == torch.float64 and statistics.device == advantages.device
     require(good, op, "statistics", "float64, on the device of advantages", statistics)
-    require(ddof in (0, 1), op, "ddof", "0 or 1", ddof)
-    require(eps >= 0.0, op, "eps", "a number not below 0", eps)
+    require_number(op, "ddof", ddof, low=0, high=1, integer=True)
+    require_number(op, "eps", eps, low=0.0)
     flat_mask = None if mask is None else mask.flatten()
     whitened = torch.ops.zs_kernels.whiten_advantages(
         advantages.detach().flatten(), flat_mask, statistics, ddof, eps, shift_mean

@@ -39,7 +39,7 @@ from zs_kernels._check import (
 )
 from zs_kernels._device import backend_of
 from zs_kernels._group_advantages_triton import _group_advantages_triton
-from zs_kernels.gae import check_bounds, number_of_sequences, whiten_advantages
+from zs_kernels.gae import check_bounds, number_of_sequences, row_bounds, whiten_advantages
 
 OP = "group_advantages"
 MODES = ("grpo", "dr_grpo", "rloo", "batch_std", "reinforce", "reinforce++", "reinforce++-baseline")
@@ -267,13 +267,13 @@ def group_advantages(
     mode = MODE_OF[mode]
     eps = (1e-8 if mode in WHITENING_MODES else 1e-6) if eps is None else eps
     require_positive(OP, "eps", eps)
-    require(ddof in (0, 1), OP, "ddof", "0 or 1", ddof)
+    require_number(OP, "ddof", ddof, low=0, high=1, integer=True)
     token_shape = _token_shape(rewards, mask, cu_seqlens, S, per_token)
     summed = per_token or rewards.dim() == 2
     max_seqlen = 0
     if token_shape and not packed:
         max_seqlen = token_shape[1]
-        cu_seqlens = torch.arange(S + 1, device=rewards.device) * max_seqlen
+        cu_seqlens = row_bounds(S, max_seqlen, rewards.device)
     flat_mask = None if mask is None else mask.flatten()
     rewards = rewards.detach().flatten()
     num_tokens = 0 if cu_seqlens is None else (rewards if flat_mask is None else flat_mask).numel()

@@ -16,10 +16,10 @@ from zs_kernels.gae import (
     gae,
     gae_reference,
     gae_with_statistics,
-    merge_statistics,
     statistics_reference,
     whiten_advantages,
 )
+from zs_kernels.reductions import merge_statistics
 from zs_kernels.testing import assert_no_worse_than_torch, poison_empty, seeded
 
 module = sys.modules["zs_kernels.gae"]  # the package's attribute of that name is the function
@@ -239,6 +239,13 @@ def test_padded_rows_equal_packed_ones(backend):
         assert have.shape == (3, 12)
         torch.testing.assert_close(torch.cat([have[0], have[1, :9], have[2]]), want)
         assert not have[1, 9:].any()
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def test_rows_without_tokens(backend, shape):
+    found = gae(torch.zeros(shape), torch.zeros(shape), None, whiten=True, bootstrap=torch.ones(shape[0]))
+    assert found[0].shape == found[1].shape == shape
 
 
 @every_backend

@@ -7,7 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.ops.test_gae import packed
-from zs_kernels.gae import gae, gae_with_statistics, merge_statistics, whiten_advantages
+from zs_kernels.gae import gae, gae_with_statistics, whiten_advantages
+from zs_kernels.reductions import merge_statistics
 from zs_kernels.testing import seeded
 
 NO_TENSORS = (None, None, None)
@@ -94,7 +95,10 @@ GOOD = {
         ("mode", "gae", ValueError),
         ("ddof", 2, ValueError),
         ("eps", -1.0, ValueError),
+        ("eps", "small", ValueError),
         ("max_seqlen", 3, ValueError),
+        ("max_seqlen", -1, ValueError),
+        ("max_seqlen", 4.0, ValueError),
     ],
 )
 def test_wrong_arguments_are_named_before_the_loop_runs(name, value, error):
