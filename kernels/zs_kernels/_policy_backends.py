@@ -22,6 +22,7 @@ from zs_kernels.loss_weights import require_segments
 
 BLOCK = 1024
 """Tokens of one Triton program."""
+MAX_PROGRAMS = 1024
 COLUMNS = 16
 """Width of a row of partial sums: the loss, the metrics, padding to a power of two."""
 
@@ -73,7 +74,7 @@ def _sequence_log_ratios_kernel(
 def _policy_terms_forward_kernel(
     logprobs, old_logprobs, advantages, weights, importance_weights, ref_logprobs, entropies, mask,
     losses, grad_logprobs, grad_entropy, partials,
-    count, advantage_stride, weight_stride,
+    count, span, advantage_stride, weight_stride,
     ratio_low, ratio_high, dual_clip, ratio_cap, min_log_ratio, max_log_ratio,
     kl_coefficient, kl_bound, kl_output_bound, entropy_coefficient,
     FORM: tl.constexpr, DUAL_CLIP: tl.constexpr, RATIO_CAP: tl.constexpr, KL: tl.constexpr,
@@ -81,55 +82,72 @@ def _policy_terms_forward_kernel(
     HAS_MASK: tl.constexpr, GIVEN_RATIOS: tl.constexpr, WRITE_LOSS: tl.constexpr, WRITE_GRAD_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK tokens: their derivatives, and one row of `partials`. GIVEN_RATIOS: old_logprobs holds log ratios."""
+    """Tokens [p * span, (p + 1) * span): derivatives, and a row of `partials`. GIVEN_RATIOS: for old_logprobs."""
     program = tl.program_id(0).to(tl.int64)
-    n = program * BLOCK + tl.arange(0, BLOCK)
-    inside = n < count
-    counted = inside
-    if HAS_MASK:
-        counted = inside & (tl.load(mask + n, mask=inside, other=0) != 0)
-    logprob = tl.load(logprobs + n, mask=counted, other=0.0).to(tl.float32)
-    log_ratio = tl.load(old_logprobs + n, mask=counted, other=0.0).to(tl.float32)
-    if not GIVEN_RATIOS:
-        log_ratio = logprob - log_ratio
-    advantage = tl.load(advantages + n * advantage_stride, mask=counted, other=0.0).to(tl.float32)
-    weight = tl.load(weights + n * weight_stride, mask=counted, other=0.0).to(tl.float32)
-    importance, ref_logprob, entropy = logprob, logprob, logprob
-    if IMPORTANCE:
-        importance = tl.load(importance_weights + n, mask=counted, other=0.0).to(tl.float32)
-    if KL > 0:
-        ref_logprob = tl.load(ref_logprobs + n, mask=counted, other=0.0).to(tl.float32)
-    if ENTROPY:
-        entropy = tl.load(entropies + n, mask=counted, other=0.0).to(tl.float32)
-    (
-        loss, by_logprob, by_entropy,
-        one, ratio_sum, log_ratio_sum, low, high, dual, capped, clamped, kl, kl_clamped, entropy_sum, policy, ratio_max,
-    ) = policy_terms_kernel(
-        logprob, log_ratio, advantage, weight, importance, ref_logprob, entropy, counted,
-        ratio_low, ratio_high, dual_clip, ratio_cap, min_log_ratio, max_log_ratio,
-        kl_coefficient, kl_bound, kl_output_bound, entropy_coefficient,
-        FORM, DUAL_CLIP, RATIO_CAP, KL, STRAIGHT_THROUGH, ENTROPY, IMPORTANCE,
-    )  # fmt: skip
-    tl.store(grad_logprobs + n, by_logprob, mask=inside)
-    if WRITE_LOSS:
-        tl.store(losses + n, loss, mask=inside)
-    if WRITE_GRAD_ENTROPY:
-        tl.store(grad_entropy + n, by_entropy, mask=inside)
+    loss_sum, ones, ratios, log_ratios, lows, highs, duals = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    caps, clamps, kls, kl_clamps, entropies_sum, policies, largest = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for start in range(0, span, BLOCK):
+        n = program * span + start + tl.arange(0, BLOCK)
+        inside = n < count
+        counted = inside
+        if HAS_MASK:
+            counted = inside & (tl.load(mask + n, mask=inside, other=0) != 0)
+        logprob = tl.load(logprobs + n, mask=counted, other=0.0).to(tl.float32)
+        log_ratio = tl.load(old_logprobs + n, mask=counted, other=0.0).to(tl.float32)
+        if not GIVEN_RATIOS:
+            log_ratio = logprob - log_ratio
+        advantage = tl.load(advantages + n * advantage_stride, mask=counted, other=0.0).to(tl.float32)
+        weight = tl.load(weights + n * weight_stride, mask=counted, other=0.0).to(tl.float32)
+        importance, ref_logprob, entropy = logprob, logprob, logprob
+        if IMPORTANCE:
+            importance = tl.load(importance_weights + n, mask=counted, other=0.0).to(tl.float32)
+        if KL > 0:
+            ref_logprob = tl.load(ref_logprobs + n, mask=counted, other=0.0).to(tl.float32)
+        if ENTROPY:
+            entropy = tl.load(entropies + n, mask=counted, other=0.0).to(tl.float32)
+        (
+            loss, by_logprob, by_entropy,
+            one, ratio, log_ratio, low, high, dual, capped, clamped, kl, kl_clamped, entropy, policy, ratio_max,
+        ) = policy_terms_kernel(
+            logprob, log_ratio, advantage, weight, importance, ref_logprob, entropy, counted,
+            ratio_low, ratio_high, dual_clip, ratio_cap, min_log_ratio, max_log_ratio,
+            kl_coefficient, kl_bound, kl_output_bound, entropy_coefficient,
+            FORM, DUAL_CLIP, RATIO_CAP, KL, STRAIGHT_THROUGH, ENTROPY, IMPORTANCE,
+        )  # fmt: skip
+        tl.store(grad_logprobs + n, by_logprob, mask=inside)
+        if WRITE_LOSS:
+            tl.store(losses + n, loss, mask=inside)
+        if WRITE_GRAD_ENTROPY:
+            tl.store(grad_entropy + n, by_entropy, mask=inside)
+        loss_sum += tl.sum(loss)
+        ones += tl.sum(one)
+        ratios += tl.sum(ratio)
+        log_ratios += tl.sum(log_ratio)
+        lows += tl.sum(low)
+        highs += tl.sum(high)
+        duals += tl.sum(dual)
+        caps += tl.sum(capped)
+        clamps += tl.sum(clamped)
+        kls += tl.sum(kl)
+        kl_clamps += tl.sum(kl_clamped)
+        entropies_sum += tl.sum(entropy)
+        policies += tl.sum(policy)
+        largest = tl.maximum(largest, tl.max(ratio_max))
     row = partials + program * COLUMNS
-    tl.store(row, tl.sum(loss))
-    tl.store(row + 1, tl.sum(one))
-    tl.store(row + 2, tl.sum(ratio_sum))
-    tl.store(row + 3, tl.sum(log_ratio_sum))
-    tl.store(row + 4, tl.sum(low))
-    tl.store(row + 5, tl.sum(high))
-    tl.store(row + 6, tl.sum(dual))
-    tl.store(row + 7, tl.sum(capped))
-    tl.store(row + 8, tl.sum(clamped))
-    tl.store(row + 9, tl.sum(kl))
-    tl.store(row + 10, tl.sum(kl_clamped))
-    tl.store(row + 11, tl.sum(entropy_sum))
-    tl.store(row + 12, tl.sum(policy))
-    tl.store(row + 13, tl.max(ratio_max))
+    tl.store(row, loss_sum)
+    tl.store(row + 1, ones)
+    tl.store(row + 2, ratios)
+    tl.store(row + 3, log_ratios)
+    tl.store(row + 4, lows)
+    tl.store(row + 5, highs)
+    tl.store(row + 6, duals)
+    tl.store(row + 7, caps)
+    tl.store(row + 8, clamps)
+    tl.store(row + 9, kls)
+    tl.store(row + 10, kl_clamps)
+    tl.store(row + 11, entropies_sum)
+    tl.store(row + 12, policies)
+    tl.store(row + 13, largest)
 
 
 @triton.jit
@@ -148,6 +166,20 @@ def fold_partials_kernel(
         largest = tl.maximum(largest, value)
     folded = tl.where(column == MAX_COLUMN, tl.max(largest, axis=0), tl.sum(total, axis=0).to(tl.float32))
     tl.store(totals + column, folded, mask=column < USED)
+
+
+def fold_partials(partials: Tensor, totals: Tensor, *, max_column: int = COLUMNS) -> None:
+    """totals[c] <- the sum of partials[:, c] (the maximum for max_column), for as many columns as totals has."""
+    rows, columns = partials.shape
+    fold_partials_kernel[(1,)](
+        partials, totals, rows, MAX_COLUMN=max_column, USED=totals.numel(), ROWS=128, COLUMNS=columns, num_warps=8
+    )
+
+
+def token_spans(count: int, block: int) -> tuple[int, int]:
+    """(programs, tokens of each): at most MAX_PROGRAMS, so that one program can fold what they leave; whole blocks."""
+    span = triton.cdiv(triton.cdiv(count, block), MAX_PROGRAMS) * block
+    return triton.cdiv(count, span), span
 
 
 def flat_or_scalar(values: Tensor) -> tuple[Tensor, int]:
@@ -174,7 +206,7 @@ def _policy_terms_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(losses [N] or [0], grad_logprobs [N], grad_entropy [N] or [0], totals [1 + N_METRICS]: loss, then METRICS)."""
     count, device = logprobs.numel(), logprobs.device
-    programs = triton.cdiv(count, block)
+    programs, span = token_spans(count, block)
     logprobs, old_logprobs = logprobs.reshape(-1).contiguous(), old_logprobs.reshape(-1).contiguous()
     advantages, advantage_stride = flat_or_scalar(advantages)
     weights, weight_stride = flat_or_scalar(weights)
@@ -197,13 +229,11 @@ def _policy_terms_triton(
     _policy_terms_forward_kernel[(programs,)](
         logprobs, old_logprobs, advantages, weights, *(logprobs if x is None else x for x in given),
         logprobs if mask is None else mask, losses, grad_logprobs, grad_entropy, partials,
-        count, advantage_stride, weight_stride, **constants,
+        count, span, advantage_stride, weight_stride, **constants,
         HAS_MASK=mask is not None, GIVEN_RATIOS=given_ratios, WRITE_LOSS=write_loss,
-        WRITE_GRAD_ENTROPY=gives_entropy, BLOCK=block, COLUMNS=COLUMNS,
+        WRITE_GRAD_ENTROPY=gives_entropy, BLOCK=block, COLUMNS=COLUMNS, num_warps=8,
     )  # fmt: skip
-    fold_partials_kernel[(1,)](
-        partials, totals, programs, MAX_COLUMN=N_METRICS, USED=1 + N_METRICS, ROWS=64, COLUMNS=COLUMNS
-    )
+    fold_partials(partials, totals, max_column=N_METRICS)
     return losses, grad_logprobs, grad_entropy, totals
 
 

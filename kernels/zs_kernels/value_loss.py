@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zs_kernels._check import require, require_floating, require_mask, require_positive
 from zs_kernels._device import backend_of
-from zs_kernels._policy_backends import COLUMNS, flat_or_scalar, fold_partials_kernel
+from zs_kernels._policy_backends import COLUMNS, flat_or_scalar, fold_partials, token_spans
 from zs_kernels._triton import tl, triton
 
 METRICS = ("token_count", "clipped", "value_sum", "return_sum", "error_sum", "squared_error_sum")
@@ -57,38 +57,47 @@ def value_terms_reference(
 
 @triton.jit
 def _value_terms_kernel(
-    values, old_values, returns, weights, mask, grad_values, partials, count, weight_stride, clip_range,
+    values, old_values, returns, weights, mask, grad_values, partials, count, span, weight_stride, clip_range,
     CLIP: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Tokens [p * span, (p + 1) * span): their derivatives, and one row of `partials`."""
     program = tl.program_id(0).to(tl.int64)
-    n = program * BLOCK + tl.arange(0, BLOCK)
-    inside = n < count
-    counted = inside
-    if HAS_MASK:
-        counted = inside & (tl.load(mask + n, mask=inside, other=0) != 0)
-    value = tl.load(values + n, mask=counted, other=0.0).to(tl.float32)
-    target = tl.load(returns + n, mask=counted, other=0.0).to(tl.float32)
-    weight = tl.where(counted, tl.load(weights + n * weight_stride, mask=counted, other=0.0).to(tl.float32), 0.0)
-    error = value - target
-    square = error * error
-    larger, slope = square, error
-    clipped = error != error  # False, but for NaN
-    if CLIP:
-        old = tl.load(old_values + n, mask=counted, other=0.0).to(tl.float32)
-        low, high = old - clip_range, old + clip_range
-        within = tl.where(value < low, low, tl.where(value > high, high, value)) - target
-        clipped = within * within > square
-        larger = tl.where(clipped, within * within, square)
-        slope = tl.where(clipped, 0.0, error)
-    tl.store(grad_values + n, weight * slope, mask=inside)
+    losses, ones, clips, value_sum, targets, errors, squares = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for start in range(0, span, BLOCK):
+        n = program * span + start + tl.arange(0, BLOCK)
+        inside = n < count
+        counted = inside
+        if HAS_MASK:
+            counted = inside & (tl.load(mask + n, mask=inside, other=0) != 0)
+        value = tl.load(values + n, mask=counted, other=0.0).to(tl.float32)
+        target = tl.load(returns + n, mask=counted, other=0.0).to(tl.float32)
+        weight = tl.load(weights + n * weight_stride, mask=counted, other=0.0).to(tl.float32)
+        error = value - target
+        square = error * error
+        larger, slope = square, error
+        if CLIP:
+            old = tl.load(old_values + n, mask=counted, other=0.0).to(tl.float32)
+            low, high = old - clip_range, old + clip_range
+            within = tl.where(value < low, low, tl.where(value > high, high, value)) - target
+            clipped = within * within > square
+            larger = tl.where(clipped, within * within, square)
+            slope = tl.where(clipped, 0.0, error)
+            clips += tl.sum(tl.where(clipped & counted, 1.0, 0.0))
+        tl.store(grad_values + n, weight * slope, mask=inside)
+        losses += tl.sum(weight * (0.5 * larger))
+        ones += tl.sum(tl.where(counted, 1.0, 0.0))
+        value_sum += tl.sum(value)
+        targets += tl.sum(target)
+        errors += tl.sum(error)
+        squares += tl.sum(square)
     row = partials + program * COLUMNS
-    tl.store(row, tl.sum(weight * (0.5 * larger)))
-    tl.store(row + 1, tl.sum(tl.where(counted, 1.0, 0.0)))
-    tl.store(row + 2, tl.sum(tl.where(clipped & counted & (error == error), 1.0, 0.0)))
-    tl.store(row + 3, tl.sum(value))
-    tl.store(row + 4, tl.sum(target))
-    tl.store(row + 5, tl.sum(error))
-    tl.store(row + 6, tl.sum(square))
+    tl.store(row, losses)
+    tl.store(row + 1, ones)
+    tl.store(row + 2, clips)
+    tl.store(row + 3, value_sum)
+    tl.store(row + 4, targets)
+    tl.store(row + 5, errors)
+    tl.store(row + 6, squares)
 
 
 def _value_terms_triton(
@@ -104,19 +113,18 @@ def _value_terms_triton(
     """(derivative [N], totals [7]: loss, then METRICS)."""
     values, returns = values.reshape(-1).contiguous(), returns.reshape(-1).contiguous()
     weights, weight_stride = flat_or_scalar(weights)
-    count, programs = values.numel(), triton.cdiv(values.numel(), block)
+    count = values.numel()
+    programs, span = token_spans(count, block)
     grad = torch.empty(count, dtype=torch.float32, device=values.device)
     totals = torch.empty(1 + len(METRICS), dtype=torch.float32, device=values.device)
     partials = torch.empty(programs, COLUMNS, dtype=torch.float32, device=values.device)
     _value_terms_kernel[(programs,)](
         values, values if old_values is None else old_values.reshape(-1).contiguous(), returns, weights,
-        values if mask is None else mask.reshape(-1).contiguous(), grad, partials, count, weight_stride,
+        values if mask is None else mask.reshape(-1).contiguous(), grad, partials, count, span, weight_stride,
         0.0 if clip_range is None else clip_range, CLIP=old_values is not None, HAS_MASK=mask is not None,
-        BLOCK=block, COLUMNS=COLUMNS,
+        BLOCK=block, COLUMNS=COLUMNS, num_warps=8,
     )  # fmt: skip
-    fold_partials_kernel[(1,)](
-        partials, totals, programs, MAX_COLUMN=COLUMNS, USED=1 + len(METRICS), ROWS=64, COLUMNS=COLUMNS
-    )
+    fold_partials(partials, totals)
     return grad, totals
 
 

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from zs_kernels import policy_loss
 from zs_kernels._device import native_status, use_backend
+from zs_kernels._policy_backends import _policy_terms_triton
 from zs_kernels._triton import AVAILABLE, INTERPRETED
 from zs_kernels.kl_estimates import kl_estimates
 from zs_kernels.policy_loss import METRICS, PolicyLossSettings, token_terms
@@ -392,3 +393,19 @@ def test_token_terms_want_a_ratio_per_token() -> None:
     three = torch.zeros(3)
     with pytest.raises(ValueError, match="'form'"):
         token_terms(three, three, three, three, settings=PolicyLossSettings(form="gspo"))
+
+
+@pytest.mark.skipif(not (AVAILABLE and INTERPRETED), reason="no interpreter")
+@pytest.mark.parametrize("count", [15, 16, 17, 16 * 7 + 1])
+def test_block_edges_and_programs_of_several_blocks(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zs_kernels._policy_backends.MAX_PROGRAMS", 3)
+    columns, mask = batch(count, extra=ALL), torch.arange(count) % 5 != 1
+    settings = PolicyLossSettings(dual_clip=1.5, kl_coefficient=0.3, entropy_coefficient=0.1)
+    order = ("logprobs", "old_logprobs", "advantages", "weights", "entropy", "ref_logprobs", "importance_weights")
+    given = [columns[name] for name in order]
+    *found, totals = _policy_terms_triton(*given, mask, settings, block=16)
+    with use_backend("reference"):
+        expected = token_terms(*given, mask, settings=settings)
+    for mine, theirs in zip(found, expected, strict=False):
+        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(totals, torch.cat([expected.loss.sum()[None], expected.metrics]), rtol=1e-5, atol=1e-6)

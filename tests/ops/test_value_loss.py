@@ -125,8 +125,9 @@ def test_an_unmasked_nan_is_not_hidden(backend: str) -> None:
 
 
 @pytest.mark.skipif(not (AVAILABLE and INTERPRETED), reason="no interpreter")
-@pytest.mark.parametrize("count", [15, 16, 17, 33])
-def test_block_edges(count: int) -> None:
+@pytest.mark.parametrize("count", [15, 16, 17, 16 * 7 + 1])
+def test_block_edges_and_programs_of_several_blocks(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zs_kernels._policy_backends.MAX_PROGRAMS", 3)
     columns = batch(count)
     grad, totals = _value_terms_triton(*columns, None, 0.3, block=16)
     with use_backend("reference"):
