@@ -54,7 +54,7 @@ ON_CPU = {
     "fused_loss_long": (Target(head.OURS, "peak", head.NAIVE, at_most=0.12),),
     "token_loss": (Target("policy_loss", "speed", token.EAGER, at_least=7.0),),
     "gae": (
-        Target("gae", "speed", "verl loop", at_least=40.0),
+        Target("gae, whitened", "speed", "verl loop", at_least=40.0),
         Target("gae", "speed", "classic loop", at_least=15.0),
     ),
     "grpo": (Target("group_advantages", "speed", "verl loop", at_least=7.0),),
@@ -148,9 +148,16 @@ CASES: dict[str, Entry] = {
         {"S": 1280, "T": 4096},
         _targets("grpo"),
     ),
-    "token_maps": Entry(
-        token.token_maps,
-        ("test_kl_estimates*.py", "test_reductions*.py"),
+    "kl": Entry(
+        token.kl_per_token,
+        ("test_kl_estimates*.py",),
+        {"S": 8, "T": 64},
+        {"S": 256, "T": 2048},
+        {"S": 1024, "T": 4096},
+    ),
+    "whiten": Entry(
+        token.whitening,
+        ("test_reductions*.py",),
         {"S": 8, "T": 64},
         {"S": 256, "T": 2048},
         {"S": 1024, "T": 4096},

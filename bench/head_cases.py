@@ -228,7 +228,7 @@ def liger_scaled(function: Any) -> LogprobsOf:
     """Liger's fused linear scaled cross-entropy (per-token results)."""
 
     def logprobs_of(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        return -function.apply(hidden, weight, index)
+        return -function.apply(hidden, weight, index, 1.0, -100, 1, False)
 
     return logprobs_of
 

@@ -8,7 +8,7 @@ import zs_kernels
 from bench import head_cases as ways
 from bench.harness import Case, Results
 from bench.peers import Variants, find
-from zs_kernels import _cuda
+from zs_kernels import _cuda, _linear_liger
 
 OURS, EXACT = "linear_policy_loss", "linear_policy_loss exact"
 NAIVE, CHECKPOINTED, LIGER = "naive fp32", "checkpointed chunks", "Liger fused linear GRPO"
@@ -24,9 +24,10 @@ def peers_of_fused(head: ways.Head, variants: Variants, device: str) -> None:
     chunked = find("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")
     variants.add_peer(TRL_CHUNKED, chunked, ways.with_torch_loss(head, ways.trl_chunked(chunked)))
     if device != "cpu":
-        scaled = find(
-            "liger_kernel.ops.fused_linear_scaled_cross_entropy", "LigerFusedLinearScaledCrossEntropyFunction"
-        )
+        # On Hopper the function is a kernel that needs nvidia-cutlass-dsl; elsewhere it is chunks of torch.
+        hopper = torch.cuda.get_device_capability() == (9, 0)
+        place = _linear_liger.MODULE if hopper else "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+        scaled = find(place, _linear_liger.FUNCTION if hopper else "LigerFusedLinearScaledCrossEntropyFunction")
         variants.add_peer(LIGER_SCALED, scaled, ways.with_torch_loss(head, ways.liger_scaled(scaled)))
         return
     selective = find("trl.trainer.utils", "selective_log_softmax")

@@ -14,7 +14,6 @@ from bench.peers import Variants, find
 from zs_kernels import _cuda
 from zs_kernels._policy_epilogue import _policy_epilogue_triton
 from zs_kernels._policy_terms import PolicyLossSettings
-from zs_kernels.gae import gae_reference
 
 EXACT_ROWS = 64
 EAGER, COMPILED = "eager", "torch.compile(eager)"
@@ -174,24 +173,43 @@ def masked_gae(device: str, name: str, S: int, T: int, *, loops: bool = True) ->
     generator = torch.Generator(device).manual_seed(0)
     rewards, values = (torch.randn(S, T, generator=generator, device=device) for _ in range(2))
     mask = (torch.arange(T, device=device) % 400 < 160).repeat(S, 1)
-    cu_seqlens = torch.arange(0, S * T + 1, T, device=device)
-    packed = (rewards.flatten(), values.flatten(), mask.flatten(), cu_seqlens)
     gamma, lam = 0.99, 0.95
     variants = Variants()
     verl = find("verl.trainer.ppo.core_algos", "compute_gae_advantage_return")
 
-    def finish(returns: Tensor) -> Results:
-        return {"returns": torch.where(packed[2], returns.flatten(), 0.0)}
+    def finish(returns: Tensor, whitened: Tensor | None = None) -> Results:
+        results = {"returns": torch.where(mask, returns.view(S, T), 0.0)}
+        if whitened is not None:
+            results["whitened"] = torch.where(mask, whitened.view(S, T), 0.0)
+        return results
+
+    def verl_loop() -> Results:
+        whitened, returns = verl(rewards, values, mask.float(), gamma, lam)
+        return finish(returns, whitened)
+
+    def ours(**options: Any) -> tuple[Tensor, Tensor]:
+        return zs_kernels.gae(rewards, values, mask, gamma=gamma, lam=lam, **options)
+
+    def ours_whitened() -> Results:
+        whitened, returns = ours(whiten=True)
+        return finish(returns, whitened)
 
     if loops:
-        variants.add_peer("verl loop", verl, lambda: finish(verl(rewards, values, mask.float(), gamma, lam)[1]))
+        variants.add_peer("verl loop", verl, verl_loop)
         variants.add("masked loop", lambda: finish(masked_loop(rewards, values, mask, gamma, lam)[1]))
-        variants.add("classic loop", lambda: classic_loop(rewards, values, gamma, lam) and None)
-    variants.add("gae", lambda: finish(zs_kernels.gae(*packed, gamma=gamma, lam=lam)[1]))
+        variants.add("classic loop", lambda: {"other returns": classic_loop(rewards, values, gamma, lam)[1]})
+    variants.add("gae", lambda: {"returns": ours()[1]})
+    variants.add("gae, whitened", ours_whitened)
 
     def exact() -> Results:
-        first = [one[: 2 * T].cpu() for one in packed[:3]]
-        return {"returns": gae_reference(*first, torch.tensor([0, T, 2 * T]), gamma=gamma, lam=lam)[1].double()}
+        flat = [one.flatten().cpu() for one in (rewards, values, mask)]
+        bounds = torch.arange(0, S * T + 1, T)
+        with zs_kernels.use_backend("reference"):
+            advantages, returns = zs_kernels.gae(*flat, bounds, gamma=gamma, lam=lam)
+        taken = advantages[flat[2]].double()
+        whitened = torch.zeros(S * T, dtype=torch.float64)
+        whitened[flat[2]] = (taken - taken.mean()) / torch.sqrt(taken.var() + 1e-8)
+        return {"returns": returns.view(S, T).double(), "whitened": whitened.view(S, T)}
 
     # rewards, values and mask in, advantages and returns out
     return Case(
@@ -247,8 +265,7 @@ def grpo(device: str, name: str, S: int, T: int) -> Case:
         return {"advantages": normed.view(-1, 1) * mask.to(given.dtype)}
 
     def ours() -> Results:
-        found = zs_kernels.group_advantages(rewards.sum(-1), groups, S // 5)
-        return {"advantages": found.advantages[:, None] * weights}
+        return {"advantages": zs_kernels.group_advantages(rewards, groups, S // 5, mask=mask).tokens}
 
     variants.add("torch, equal groups", in_torch)
     variants.add("group_advantages", ours)
@@ -258,33 +275,45 @@ def grpo(device: str, name: str, S: int, T: int) -> Case:
     )  # fmt: skip
 
 
-def token_maps(device: str, name: str, S: int, T: int) -> Case:
-    """k3 and whitening of masked tokens, both in one case: they are a pass or two over the same arrays."""
+def kl_per_token(device: str, name: str, S: int, T: int) -> Case:
+    """k3 of masked tokens."""
     generator = torch.Generator(device).manual_seed(0)
     logprobs, ref = (-torch.randn(S, T, generator=generator, device=device).abs() for _ in range(2))
     mask = (torch.arange(T, device=device) % 400 < 160).repeat(S, 1)
 
-    def k3(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(mask, torch.exp(b - a) - (b - a) - 1.0, 0.0)
+    def eager(a: Tensor = logprobs, b: Tensor = ref) -> Results:
+        return {"kl": torch.where(mask, torch.exp(b - a) - (b - a) - 1.0, 0.0)}
 
-    def whiten(values: Tensor) -> Tensor:
+    variants: dict[str, Callable[[], Any]] = {
+        EAGER: eager,
+        "kl_estimates": lambda: {"kl": zs_kernels.kl_estimates(logprobs, ref, mask=mask)},
+    }
+    return Case(
+        name, f"{S}x{T} float32", variants, device, exact=lambda: eager(logprobs.double(), ref.double()),
+        tolerance=1e-4, bytes=13.0 * S * T,
+    )  # fmt: skip
+
+
+def whitening(device: str, name: str, S: int, T: int) -> Case:
+    """Mean 0 and variance 1 over the unmasked tokens."""
+    generator = torch.Generator(device).manual_seed(0)
+    given = torch.randn(S, T, generator=generator, device=device)
+    mask = (torch.arange(T, device=device) % 400 < 160).repeat(S, 1)
+
+    def eager(values: Tensor = given) -> Results:
         m = mask.to(values.dtype)
         mean = (values * m).sum() / m.sum()
         variance = ((values - mean) ** 2 * m).sum() / (m.sum() - 1.0)
-        return (values - mean) * torch.rsqrt(variance + 1e-8) * m
+        return {"whitened": (values - mean) * torch.rsqrt(variance + 1e-8) * m}
 
     variants: dict[str, Callable[[], Any]] = {
-        "k3, eager": lambda: {"kl": k3(logprobs, ref)},
-        "kl_estimates": lambda: {"kl": zs_kernels.kl_estimates(logprobs, ref, mask=mask)},
-        "whiten, eager": lambda: {"whitened": whiten(logprobs)},
-        "masked_whiten": lambda: {"whitened": zs_kernels.masked_whiten(logprobs, mask)},
+        EAGER: eager,
+        "masked_whiten": lambda: {"whitened": zs_kernels.masked_whiten(given, mask)},
     }
-
-    def exact() -> Results:
-        return {"kl": k3(logprobs.double(), ref.double()), "whitened": whiten(logprobs.double())}
-
+    # values and mask read twice, results written
     return Case(
-        name, f"{S}x{T} float32", variants, device, exact=exact, tolerance=1e-4, bytes=13.0 * S * T,
+        name, f"{S}x{T} float32", variants, device, exact=lambda: eager(given.double()), tolerance=1e-4,
+        bytes=14.0 * S * T,
     )  # fmt: skip
 
 
