@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from zs_fast.errors import EngineError, PreflightError
 from zs_fast.models.attention import PackedAttention
-from zs_fast.models.load import load_model, resolve_device, resolve_path
+from zs_fast.models.load import load_model, load_skeleton, resolve_device, resolve_path
 from zs_fast.testing import tiny_model
 
 
@@ -202,3 +203,43 @@ def test_smollm2_from_its_package_survives_saving(tmp_path):
         assert torch.equal(ours, theirs)
     text = "héllo  world\n<search> 123 </search>"
     assert again.tokenizer.encode(text) == tokenizer.encode(text)
+
+
+def test_a_skeleton_is_the_model_without_its_weights(folder):
+    skeleton, whole = load_skeleton(folder), load_model(folder)
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+    for (name, ours), (other, theirs) in zip(
+        skeleton.model.named_parameters(), whole.model.named_parameters(), strict=True
+    ):
+        assert (name, ours.shape, ours.dtype) == (other, theirs.shape, theirs.dtype)
+    assert skeleton.model.config.to_dict() == whole.model.config.to_dict()
+    assert skeleton.model.generation_config == whole.model.generation_config
+    assert skeleton.model.get_output_embeddings().weight is skeleton.model.get_input_embeddings().weight
+    assert not skeleton.model.training and (skeleton.path, skeleton.name) == (whole.path, whole.name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", r"missing keys in its weights: model\.layers\.1\.mlp\.down_proj\.weight"),
+        ("shape", r"mismatched keys in its weights: model\.layers\.1\.mlp\.down_proj\.weight"),
+        ("cut", "SafetensorError"),
+        ("none", r"no \.safetensors"),
+    ],
+)
+def test_a_skeleton_knows_that_its_weights_are_there(damage, message, folder):
+    """Who reads them later may fill in what is missing without a word."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    if damage == "missing":
+        del tensors["model.layers.1.mlp.down_proj.weight"]
+    elif damage == "shape":
+        tensors["model.layers.1.mlp.down_proj.weight"] = torch.zeros(64, 65)
+    save_file(tensors, file, metadata={"format": "pt"})
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1000])
+    elif damage == "none":
+        file.unlink()
+    with pytest.raises(PreflightError, match=message) as caught:
+        load_skeleton(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -144,9 +144,33 @@ def load_skeleton(path: str | Path, *, dtype: torch.dtype | str = "float32") -> 
             model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=ATTENTION_NAME)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, **where)
+        shapes = _stored_shapes(folder)
     _check_tokenizer(tokenizer, model, name)
+    _check_complete(_differences(model, shapes), name)
     model.name_or_path = str(folder)
     return LoadedModel(model=model.eval(), tokenizer=tokenizer, path=folder, name=name)
+
+
+def _stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """Tensor name -> shape, from the headers of all safetensors files in the folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise OSError("the folder holds no .safetensors file")
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            shapes |= {key: list(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _differences(model: PreTrainedModel, shapes: dict[str, list[int]]) -> dict[str, list[str]]:
+    """What transformers reports after loading: parameters that are not stored, and those of another shape."""
+    wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    both = wanted.keys() & shapes.keys()
+    return {
+        "missing_keys": sorted(wanted.keys() - shapes.keys()),
+        "mismatched_keys": sorted(name for name in both if wanted[name] != shapes[name]),
+    }
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from zs_fast.errors import EngineError, PreflightError
@@ -32,6 +33,8 @@ CPU_BLOCK_TOKENS = 32
 """Tokens per cache block on a CPU; a smaller one finds more of a shared prefix, and attention asks for 32s."""
 GPU_BLOCK_TOKENS = 16
 MIN_BATCHED_TOKENS = 4096
+BUILD_ERRORS = (ValueError, RuntimeError, AssertionError, ImportError, OSError, TypeError, KeyError, SafetensorError)
+"""What vLLM raises for models, files and sizes that it can't take."""
 MIN_TEMPERATURE = 0.01
 """vLLM raises a temperature between 0 and this to this."""
 SMALLEST_CPU_HEAD = 32
@@ -141,15 +144,7 @@ class VllmCore:
         try:
             with quiet(), patched_while_building(self._on_cpu):
                 self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**self._arguments()))
-        except (
-            ValueError,
-            RuntimeError,
-            AssertionError,
-            ImportError,
-            OSError,
-            NotImplementedError,
-            TypeError,
-        ) as error:
+        except BUILD_ERRORS as error:
             raise PreflightError(
                 f"Model {settings.name!r}: vLLM can't run it: {type(error).__name__}: {_one_line(error)} "
                 "Use engine.kind = 'transformers', or another model."
