@@ -121,7 +121,8 @@ def _tile_partials_triton(
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     rows, size = hidden.shape
     vocabulary = weight.shape[0]
-    block_m, block_n, block_k = blocks or ((BLOCK_M, BLOCK_N, BLOCK_K) if size > 1 else (64, 64, 16))
+    narrow = 64 if bias is not None or softcap else BLOCK_N  # what transforms the logits needs registers, too
+    block_m, block_n, block_k = blocks or ((BLOCK_M, narrow, BLOCK_K) if size > 1 else (64, 64, 16))
     row_blocks, tiles = triton.cdiv(rows, block_m), triton.cdiv(vocabulary, block_n)
     shares = max(1, min(tiles, programs // max(1, row_blocks)))
     share = triton.cdiv(tiles, shares) * block_n

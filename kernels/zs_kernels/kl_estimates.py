@@ -135,7 +135,7 @@ def _kl_estimates_triton(
     want_slopes: bool,
     want_count: bool,
     *,
-    block: int = 1024,
+    block: int = 512,
 ) -> tuple[Tensor, Tensor, Tensor]:
     bound, output_bound = clamp_bounds("kl_estimates", clamp, estimator)
     logprobs, ref_logprobs = logprobs.reshape(-1).contiguous(), ref_logprobs.reshape(-1).contiguous()
