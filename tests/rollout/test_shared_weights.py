@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from zs_fast.config import EngineConfig, RunConfig, SamplingConfig
 from zs_fast.errors import PreflightError
 from zs_fast.rollout.shared_weights import served_tensors, share, trainer_logprobs
+from zs_fast.rollout.vllm_core import require_vllm
 from zs_fast.setup import build_arena, load_served
 from zs_fast.testing import tiny_model
 
@@ -125,6 +128,15 @@ def test_a_missing_vllm_names_the_way_to_it():
     with pytest.raises(PreflightError, match=r"scripts/vllm_cpu\.sh") as caught:
         build_arena(config, policy, device=torch.device("cpu"))
     assert "\n" not in str(caught.value)
+
+
+def test_an_old_vllm_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.25.3+cu130"))
+    with pytest.raises(PreflightError, match=r"vLLM 0\.25\.3\+cu130 is installed.*needs 0\.26"):
+        require_vllm()
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.26.0"))
+    assert require_vllm().__version__ == "0.26.0"
 
 
 @pytest.mark.parametrize(

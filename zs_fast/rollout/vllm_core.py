@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +28,17 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 """Set before vLLM is imported, unless they are set already."""
+OLDEST_VERSION = (0, 26)
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks vLLM has adapter slots for."""
 CPU_BLOCK_TOKENS = 32
 """Tokens per cache block on a CPU; a smaller one finds more of a shared prefix, and attention asks for 32s."""
 GPU_BLOCK_TOKENS = 16
 MIN_BATCHED_TOKENS = 4096
-BUILD_ERRORS = (ValueError, RuntimeError, AssertionError, ImportError, OSError, TypeError, KeyError, SafetensorError)
-"""What vLLM raises for models, files and sizes that it can't take."""
+BUILD_ERRORS = (
+    ValueError, RuntimeError, AssertionError, OSError, TypeError, KeyError, SafetensorError, ImportError, AttributeError
+)  # fmt: skip
+"""What vLLM raises for models, files and sizes that it can't take, and Python for names that a version lacks."""
 MIN_TEMPERATURE = 0.01
 """vLLM raises a temperature between 0 and this to this."""
 SMALLEST_CPU_HEAD = 32
@@ -94,6 +98,12 @@ def require_vllm() -> Any:
     with quiet():
         import vllm
 
+    numbers = re.match(r"(\d+)\.(\d+)", vllm.__version__)
+    if numbers and tuple(map(int, numbers.groups())) < OLDEST_VERSION:
+        raise PreflightError(
+            f"vLLM {vllm.__version__} is installed; engine.kind = 'vllm' needs "
+            f"{'.'.join(map(str, OLDEST_VERSION))} or later. Upgrade it, or use engine.kind = 'transformers'."
+        )
     return vllm
 
 
@@ -134,14 +144,14 @@ class VllmCore:
     def __init__(self, settings: CoreSettings) -> None:
         """Raises PreflightError, in one line, for whatever vLLM can't do with this model or this machine."""
         require_vllm()
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-
         self.settings = settings
         self._on_cpu = settings.device.type == "cpu"
         _check_rank(settings)
-        patch_for_good()
         try:
+            patch_for_good()
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
+
             with quiet(), patched_while_building(self._on_cpu):
                 self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**self._arguments()))
         except BUILD_ERRORS as error:

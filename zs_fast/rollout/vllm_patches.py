@@ -67,9 +67,10 @@ def patch_for_good() -> None:
     from vllm.platforms import current_platform
 
     clean_up = core.cleanup_dist_env_and_memory
+    groups_are_ours = torch.distributed.is_available() and torch.distributed.is_initialized()
 
     def clean_up_after_the_last(*args: Any, **kwargs: Any) -> None:
-        if not STATE.live:
+        if not STATE.live and not groups_are_ours:
             clean_up(*args, **kwargs)
 
     core.cleanup_dist_env_and_memory = clean_up_after_the_last
