@@ -102,6 +102,14 @@ def epilogue(rows: int, settings: PolicyLossSettings, *, more: bool, dtype: torc
     )
 
 
+def full_kl(rows: int, *, more: bool = False) -> None:
+    """Exact KL over the vocabulary, and the gradient over the policy's logits; more: biases, a temperature by row."""
+    given, other = logits(rows), logits(rows)
+    bias, ref_bias, inverse = (made(V), made(V), made(rows)) if more else (None, None, 1.0)
+    statistics = linear_kl._kl_statistics_triton(given, other, bias, ref_bias, inverse)
+    linear_kl._kl_gradient_triton(given, other, bias, ref_bias, inverse, statistics, made(rows), given)
+
+
 def tiles(rows: int, hidden_size: int, *, more: bool = False) -> Any:
     """The head's statistics without logits."""
     hidden, weight = made(rows, hidden_size, dtype=torch.bfloat16), made(V, hidden_size, dtype=torch.bfloat16)
@@ -212,6 +220,8 @@ CALLS: dict[str, Call] = {
     "whitening of everything": lambda rows: masked_whitened(1, 512 * rows),
     "whitening of rows, mean kept": lambda rows: masked_whitened(rows, 2048, shift=False, fill=False),
     "whitening with other ranks' moments": lambda rows: masked_whitened(1, 512 * rows, given=8),
+    "head's KL": lambda rows: full_kl(rows),
+    "head's KL, with biases and temperatures": lambda rows: full_kl(rows, more=True),
     "loss weights": lambda rows: _loss_weights_triton(mask_of(rows), tokens(65), "token-mean", None, None, 0.0, 1.0),
     "loss weights, given counts": lambda rows: _loss_weights_triton(
         mask_of(rows), tokens(65), "seq-mean-token-mean", made(1), made(1), 2048.0, 0.5

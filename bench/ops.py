@@ -9,6 +9,8 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -131,7 +133,8 @@ def one_thread(kind: str) -> Iterator[None]:
 
 def refuse_red(paths: Sequence[str]) -> None:
     """Run the ops' tests first: a fast wrong op is no result."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *paths]
+    together = ["-n", str(min(4, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") and len(paths) > 1 else []
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *together, *paths]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     if done.returncode != 0:
         tail = (done.stdout + done.stderr).strip().splitlines()
