@@ -27,6 +27,7 @@ from zs_kernels import _sweeps as sweeps
 from zs_kernels._policy_terms import PolicyLossSettings
 from zs_kernels.group_advantages import MODES
 from zs_kernels.kl_estimates import _kl_estimates_triton
+from zs_kernels.linear_kl import _kl_gradient_triton, _kl_statistics_triton
 from zs_kernels.loss_weights import _loss_weights_triton
 from zs_kernels.value_loss import _value_terms_triton
 
@@ -106,8 +107,8 @@ def full_kl(rows: int, *, more: bool = False) -> None:
     """Exact KL over the vocabulary, and the gradient over the policy's logits; more: biases, a temperature by row."""
     given, other = logits(rows), logits(rows)
     bias, ref_bias, inverse = (made(V), made(V), made(rows)) if more else (None, None, 1.0)
-    statistics = linear_kl._kl_statistics_triton(given, other, bias, ref_bias, inverse)
-    linear_kl._kl_gradient_triton(given, other, bias, ref_bias, inverse, statistics, made(rows), given)
+    statistics = _kl_statistics_triton(given, other, bias, ref_bias, inverse)
+    _kl_gradient_triton(given, other, bias, ref_bias, inverse, statistics, made(rows), given)
 
 
 def tiles(rows: int, hidden_size: int, *, more: bool = False) -> Any:

@@ -265,10 +265,11 @@ def masked_mean(
     """
     op = "masked_mean"
     eps = _preset(op, preset, empty).mean_eps
+    if denominator is not None:
+        require_positive(op, "denominator", denominator)
     statistics = _statistics_op(*_rows(op, values, mask, dim))
     count, total = statistics[:, 0], statistics[:, 3]
     if denominator is not None:
-        require_positive(op, "denominator", denominator)
         result = total / (denominator + eps)
     else:
         result = _too_few(op, total / (count.clamp(min=1.0) + eps), count, 1, empty)
