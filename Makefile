@@ -21,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 setup: $(STAMP)
 
 # The stamp is written last: a failed download leaves none, and the next call starts over where pip stopped.
-$(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/*)
+$(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/* csrc/*/*/*)
 	@test -n "$(PYTHON)" || { echo "zs_fast needs Python >= 3.11, and none was found: install one, or call make PYTHON=/path/to/python" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	scripts/install_torch.sh $(BIN)/python "$(TORCH)"
