@@ -16,17 +16,21 @@ import torch
 from torch import Tensor
 
 from zs_kernels._check import describe, require, require_floating, require_number, require_tensor
+from zs_kernels._device import backend_of
 from zs_kernels._linear_shards import Shards
 
 DEFAULT_WORKSPACE_BYTES = {"cpu": 320 << 20, "cuda": 5 << 29}
 """Most memory of one chunk's logits unless the caller says otherwise: on a CPU 1024 rows of a vocabulary of 152k in
 bfloat16, on a GPU 8192 of them (a weight gradient that is added to less often costs less memory traffic)."""
 MAX_ROWS = {"cpu": 1024, "cuda": 8192}
-"""More rows than these make no product faster."""
+"""Most rows of a single chunk: more make no product faster."""
+SEVERAL_ROWS = {"cpu": 512, "cuda": 8192}
+"""Most rows of each of several chunks: a CPU is as fast with these, and leaves room for the float32 sums that the
+weight's gradient then needs."""
 EXACT_SLICE_BYTES = 32 << 20
 """Most memory of the float32 copy of a slice of the head, where the device cannot keep a product's float32 sums."""
 GRADIENT_SLICE_ROWS = 4096
-"""Vocabulary rows whose weight gradient is summed at a time, where the device cannot do it within the product."""
+"""Vocabulary rows whose weight gradient is summed at a time, where the product cannot do it."""
 
 
 Lora = tuple[Tensor, Tensor, float]
@@ -120,6 +124,12 @@ def most_rows(row_bytes: int, workspace_bytes: int | None, device: torch.device)
     return max(1, min(MAX_ROWS[kind], DEFAULT_WORKSPACE_BYTES[kind] // row_bytes))
 
 
+def planned_chunks(rows: int, row_bytes: int, workspace_bytes: int | None, device: torch.device) -> list[slice]:
+    """[0, rows) in chunks of even size: one where the workspace allows it, else some of at most SEVERAL_ROWS."""
+    most = most_rows(row_bytes, workspace_bytes, device)
+    return even_chunks(rows, most if rows <= most else min(most, SEVERAL_ROWS[kind_of(device)]))
+
+
 def even_chunks(rows: int, most: int) -> list[slice]:
     """[0, rows) in as few chunks as `most` allows, of even size."""
     count = -(-rows // most)
@@ -166,53 +176,53 @@ def part_of(value: float | Tensor, here: slice) -> float | Tensor:
 
 
 class WeightGradient:
-    """Sum over chunks of dlogits.T @ hidden, in float32 unless there is one chunk only.
+    """Sum over chunks of dlogits.T @ hidden, kept in more bits than 16 where there are several.
 
-    A single chunk's product is rounded once, when it is written. Several are added up: by CUDA within the product,
-    elsewhere by slices of the vocabulary from rounded products.
+    A single chunk's product is rounded once, when it is written. Several are added up in float32: by CUDA within the
+    product, elsewhere from rounded products of slices of the vocabulary. For bfloat16 on a CPU the sum is the result
+    and a byte of further bits for each element (see csrc/torch/accumulate.cpp): three bytes, not four plus two.
     """
 
     def __init__(self, like: Tensor, chunks: int) -> None:
         self.like = like
-        self.direct = chunks <= 1 or like.dtype in (torch.float32, torch.float64)
-        self.sums: list[Tensor] = []
+        direct = chunks <= 1 or like.dtype in (torch.float32, torch.float64)
+        self.by_product = direct or keeps_sums(like)
+        split = like.dtype == torch.bfloat16 and like.is_contiguous() and backend_of(like) == "native"
+        self.low = torch.zeros_like(like, dtype=torch.int8) if split and not self.by_product else None
+        dtype = like.dtype if direct or self.low is not None else torch.float32
+        self.total = torch.empty_like(like, dtype=dtype)
+        self.empty = True
 
     def add(self, dlogits: Tensor, hidden: Tensor) -> None:
         """Add the product of one chunk: dlogits [M, V], hidden [M, H]."""
-        first = not self.sums
-        if self.direct:
-            if first:
-                self.sums.append(torch.empty_like(self.like))
-                torch.mm(dlogits.T, hidden, out=self.sums[0])
-            else:
-                self.sums[0].addmm_(dlogits.T, hidden)
-        elif keeps_sums(dlogits):
-            if first:
-                self.sums.append(torch.empty_like(self.like, dtype=torch.float32))
-                torch.mm(dlogits.T, hidden, out_dtype=torch.float32, out=self.sums[0])
-            else:
-                torch.addmm(self.sums[0], dlogits.T, hidden, out_dtype=torch.float32, out=self.sums[0])
+        first, self.empty = self.empty, False
+        wide = {} if self.total.dtype == dlogits.dtype else {"out_dtype": self.total.dtype}
+        if self.by_product and first:
+            torch.mm(dlogits.T, hidden, **wide, out=self.total)
+        elif self.by_product:
+            torch.addmm(self.total, dlogits.T, hidden, **wide, out=self.total)
+        elif first and self.low is not None:
+            torch.mm(dlogits.T, hidden, out=self.total)
         else:
-            for number, part in enumerate(slices(self.like.shape[0], GRADIENT_SLICE_ROWS)):
-                product = torch.mm(dlogits[:, part].T, hidden)
-                if first:
-                    self.sums.append(product.float())
-                else:
-                    self.sums[number].add_(product)
+            self._add_slices(dlogits, hidden, first)
+
+    def _add_slices(self, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
+        vocabulary, size = self.like.shape
+        product = hidden.new_empty(min(vocabulary, GRADIENT_SLICE_ROWS), size)
+        for part in slices(vocabulary, GRADIENT_SLICE_ROWS):
+            addend = product[: part.stop - part.start]
+            torch.mm(dlogits[:, part].T, hidden, out=addend)
+            if self.low is not None:
+                torch.ops.zs_native.accumulate_split_(self.total[part], self.low[part], addend)
+            elif first:
+                self.total[part] = addend
+            else:
+                self.total[part] += addend
 
     def result(self) -> Tensor:
-        """[V, H] in the weight's type; releases the sums as it goes."""
-        if not self.sums:
-            return torch.zeros_like(self.like)
-        if self.direct:
-            return self.sums.pop()
-        if len(self.sums) == 1:
-            return self.sums.pop().to(self.like.dtype)
-        result = torch.empty_like(self.like)
-        self.sums.reverse()
-        for part in slices(self.like.shape[0], GRADIENT_SLICE_ROWS):
-            result[part] = self.sums.pop()
-        return result
+        """[V, H] in the weight's type; ends the sum."""
+        self.low = None
+        return torch.zeros_like(self.like) if self.empty else self.total.to(self.like.dtype)
 
 
 @dataclass(frozen=True, slots=True)

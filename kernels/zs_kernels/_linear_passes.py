@@ -22,8 +22,8 @@ def forward_statistics(
     *,
     entropy: bool,
     sum_squares: bool,
-    most: int,
-    padded: bool,
+    chunks: list[slice],
+    fixed_rows: int,
     kept: Tensor,
     unit: Tensor | None,
     shards: Shards | None,
@@ -31,12 +31,10 @@ def forward_statistics(
     """Statistics of all rows [M] of hidden [M, H]; also fills `kept` [M, V] with the logits (unless it is empty) and
     `unit` [M, H] with the gradient of each row's log-probability by its hidden state (unless None).
 
-    most: rows of a chunk, at most, or with `padded` always: then a row's result is the same whatever the others are.
+    fixed_rows: 0, or the rows that each chunk is filled up to: a row's result then doesn't depend on the others.
     index: relative to the shard, where there are shards.
     """
-    rows = hidden.shape[0]
-    chunks = list(_linear.slices(rows, most)) if padded else _linear.even_chunks(rows, most)
-    height = most if padded else max((here.stop - here.start for here in chunks), default=0)
+    height = fixed_rows or max((here.stop - here.start for here in chunks), default=0)
     keep = kept.numel() > 0
     workspace = kept if keep else hidden.new_empty(height, head.vocabulary, dtype=head.logits_dtype)
     options: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "bias_first": True}
@@ -44,7 +42,7 @@ def forward_statistics(
     partials: list[Tensor] = []
     for here in chunks:
         states, count = hidden[here], here.stop - here.start
-        if padded:
+        if fixed_rows:
             states = functional.pad(states, (0, 0, 0, height - count))
         logits = workspace[here] if keep else workspace[: states.shape[0]]
         head.logits(states, logits)
@@ -96,12 +94,11 @@ def backward_gradients(
     entropy: Tensor | None,
     wanted: Wanted,
     *,
-    most: int,
+    chunks: list[slice],
     kept: Tensor,
     shards: Shards | None,
 ) -> HeadGradients:
     """Gradients of hidden [M, H] and the head. kept: the logits [M, V], overwritten, or [0] to compute them again."""
-    chunks = _linear.even_chunks(hidden.shape[0], most)
     height = max((here.stop - here.start for here in chunks), default=0)
     gradients = HeadGradients(head, hidden, wanted, len(chunks))
     keep, apart = kept.numel() > 0, head.logits_dtype != hidden.dtype

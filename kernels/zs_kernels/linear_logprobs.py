@@ -113,7 +113,9 @@ def _forward(
         if tiles:
             sweep = tile_statistics(states, weight, targets, inverse, bias=bias, softcap=softcap or None)
         else:
-            most = _linear.most_rows(head.row_bytes, workspace_bytes or None, device)
+            plan = (head.row_bytes, workspace_bytes or None, device)
+            fixed = _invariant_rows(_linear.most_rows(*plan), device) if batch_invariant else 0
+            count = states.shape[0]
             sweep = forward_statistics(
                 head,
                 states,
@@ -121,8 +123,8 @@ def _forward(
                 inverse,
                 entropy=entropy,
                 sum_squares=sum_squares,
-                most=_invariant_rows(most, device) if batch_invariant else most,
-                padded=batch_invariant,
+                chunks=list(_linear.slices(count, fixed)) if fixed else _linear.planned_chunks(count, *plan),
+                fixed_rows=fixed,
                 kept=kept,
                 unit=units,
                 shards=Shards(group) if group else None,
@@ -220,10 +222,10 @@ def _backward(
             if kept.numel():
                 pack_rows(kept, live)
             rows = live if rows is None else rows[live]
-        targets = _linear.selected(index, rows)
+        states, targets = _linear.selected(hidden, rows), _linear.selected(index, rows)
         gradients = backward_gradients(
             head,
-            _linear.selected(hidden, rows),
+            states,
             targets - vocabulary_start if group else targets,
             _linear.inverse_temperature(temperature, row_temperature, rows),
             _linear.selected(grad_logprobs, rows),
@@ -231,7 +233,7 @@ def _backward(
             _linear.selected(logsumexp, rows),
             None if grad_entropy is None else _linear.selected(entropy, rows),
             Wanted(*wanted),
-            most=_linear.most_rows(head.row_bytes, workspace_bytes or None, device),
+            chunks=_linear.planned_chunks(states.shape[0], head.row_bytes, workspace_bytes or None, device),
             kept=kept,
             shards=Shards(group) if group else None,
         )

@@ -147,7 +147,7 @@ def _all_chunks(
 ) -> tuple[Tensor, Tensor, HeadGradients]:
     """(log-probabilities [M], entropies [M], gradients) of all rows."""
     head, rows = call.head, hidden.shape[0]
-    chunks = _linear.even_chunks(rows, _linear.most_rows(head.row_bytes, call.workspace_bytes or None, hidden.device))
+    chunks = _linear.planned_chunks(rows, head.row_bytes, call.workspace_bytes or None, hidden.device)
     height = max((here.stop - here.start for here in chunks), default=0)
     gradients = HeadGradients(head, hidden, call.wanted, len(chunks))
     dtype = _linear.statistics_dtype(hidden.dtype)
