@@ -1,9 +1,12 @@
-// Sums of rounded products for the CPU, through the LibTorch stable ABI: the weight gradient of a head worked off in chunks.
+// What a head worked off in chunks needs on the CPU, through the LibTorch stable ABI: sums of rounded products, and memory
+// that is cheap to write for the first time.
 #include "zs_accumulate.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include "zs_pages.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -47,6 +50,11 @@ void accumulate_split(Tensor high, Tensor low, Tensor addend) {
   });
 }
 
+void prefer_huge_pages(Tensor memory) {
+  STD_TORCH_CHECK(memory.is_contiguous(), "zs_native::prefer_huge_pages: memory is contiguous");
+  zs::prefer_huge_pages(memory.data_ptr(), memory.numel() * memory.element_size());
+}
+
 }  // namespace
 
 // accumulate_split_: the sum is `high`, a bfloat16 tensor that can be used as it is, plus what `low` (zeros at first) adds
@@ -54,9 +62,12 @@ void accumulate_split(Tensor high, Tensor low, Tensor addend) {
 STABLE_TORCH_LIBRARY_FRAGMENT(zs_native, library) {
   library.def("accumulate_(Tensor(a!) sum, Tensor addend) -> ()");
   library.def("accumulate_split_(Tensor(a!) high, Tensor(b!) low, Tensor addend) -> ()");
+  // For a tensor fresh from torch.empty; see zs_pages.h.
+  library.def("prefer_huge_pages(Tensor memory) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zs_native, CPU, library) {
   library.impl("accumulate_", TORCH_BOX(&accumulate));
   library.impl("accumulate_split_", TORCH_BOX(&accumulate_split));
+  library.impl("prefer_huge_pages", TORCH_BOX(&prefer_huge_pages));
 }

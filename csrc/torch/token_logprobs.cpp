@@ -10,6 +10,8 @@
 #include <optional>
 #include <tuple>
 
+#include "zs_pages.h"
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -86,6 +88,8 @@ void backward(Tensor logits, Tensor index, Tensor grad_logprobs, std::optional<T
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == in.count && out.size(1) == logits.size(1) && has_dense_rows(out),
                   "zs_native: out is of the shape of logits, its rows dense");
   STD_TORCH_CHECK(grad_entropy.has_value() <= entropy.has_value(), "zs_native: grad_entropy needs entropy");
+  if (out.const_data_ptr() != in.logits.const_data_ptr() && out.is_contiguous())  // fresh memory, most likely
+    zs::prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
   grad_logprobs = column(grad_logprobs, in.count, ScalarType::Float, "grad_logprobs");
   logsumexp = column(logsumexp, in.count, ScalarType::Float, "logsumexp");
   if (grad_entropy) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,3 +114,26 @@ def test_memory_is_never_left():
     for wrong in ((sums, sums[:3]), (sums.T[:, ::2], sums[:, :2]), (sums.double(), sums), (sums, sums.double())):
         with pytest.raises(RuntimeError, match="zs_native"):
             torch.ops.zs_native.accumulate_(*wrong)
+
+
+def flags_of_memory_at(address: int) -> list[str]:
+    """The kernel's flags of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split(maxsplit=1)[0]
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="a system without huge pages")
+@pytest.mark.parametrize("mebibytes, wanted", [(8, False), (64, True)])
+def test_large_fresh_memory_is_marked_for_huge_pages(mebibytes, wanted):
+    memory = torch.empty(mebibytes << 20, dtype=torch.uint8)
+    torch.ops.zs_native.prefer_huge_pages(memory)
+    assert ("hg" in flags_of_memory_at(memory.data_ptr() + memory.numel() // 2)) == wanted
+    memory.fill_(3)
+    assert int(memory[-1]) == 3
