@@ -99,7 +99,7 @@ struct PowerOfTwo {
   float coefficient[kDegree + 1];
 
   PowerOfTwo(double scale_, double exponent, double factor) {
-    // Least largest relative error on [-1/2, 1/2] with 1 at 0: 9.4e-8 and, where the result is rounded to 16 bits, 2.9e-6.
+    // Least largest relative error on [-1/2, 1/2] with 1 at 0: 9.4e-8; where the result is rounded to 16 bits, 2.9e-6.
     constexpr float five[6] = {1.0f,           0x1.62e42ap-1f, 0x1.ebf9c2p-3f,
                                0x1.c6b6d8p-5f, 0x1.3ce8b0p-7f, 0x1.5bda7ap-10f};
     constexpr float four[5] = {1.0f, 0x1.62e12cp-1f, 0x1.ec0370p-3f, 0x1.c9fc78p-5f, 0x1.3a04eap-7f};

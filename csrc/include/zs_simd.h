@@ -244,7 +244,7 @@ ZS_INLINE Floats fma(Floats a, Floats b, Floats c) {
 
 // --- rounding to and from 16 bits ---
 
-// The upper 16 bits of each lane hold the nearest bfloat16 (ties to even); the lower ones hold anything. A NaN stays one
+// The upper 16 bits of each lane hold the nearest bfloat16 (ties to even), the lower ones anything. A NaN stays one
 // if it came from a bfloat16 or out of arithmetic; one with all bits set, as in memory never written, would become 0.
 ZS_INLINE Uints round_number_to_bf16(Floats x) {
   const Uints u = bits_of(x);

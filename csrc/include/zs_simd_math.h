@@ -4,7 +4,8 @@
 
 namespace zs::ZS_ISA {
 
-// x rounded to the nearest whole number, for |x| < 2^22, and 2^(that + Bias) for results from 2^-126 on; 2^-127 becomes 0.
+// x * factor rounded to the nearest whole number, for sizes below 2^22, and 2^(that + Bias) where it is at least 2^-126;
+// 2^-127 becomes 0.
 template <int Bias>
 struct WholePower {
   Floats whole, power;

@@ -1,5 +1,6 @@
 // Sweeps over rows of logits: statistics of each row's softmax and the logits' gradient, on raw pointers.
-// Meaning: z = softcap * tanh(logits / softcap) + bias, times 1 / temperature; see kernels/zs_kernels/token_logprobs.py.
+// Meaning: z = softcap * tanh(logits / softcap) + bias, times 1 / temperature; see
+// kernels/zs_kernels/token_logprobs.py.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +44,11 @@ struct RowGradients {
 
 }  // namespace zs
 
-// Each works on rows first .. last - 1. An index outside [0, vocabulary) has log-probability NaN and no gradient of its own.
-ZS_DECLARE(void token_logprobs_forward(const zs::LogitRows& rows, const zs::RowStatistics& out, int64_t first, int64_t last))
-ZS_DECLARE(void token_logprobs_backward(const zs::LogitRows& rows, const zs::RowGradients& grads, int64_t first, int64_t last))
-// out [rows, 5]: max z, sum e^(z - max), sum e^(z - max) z, sum e^(2 (z - max)), z of the index (0 where it is outside).
+// Each works on rows first .. last - 1. An index outside [0, vocabulary) has log-probability NaN and no gradient of its
+// own.
+ZS_DECLARE(void token_logprobs_forward(const zs::LogitRows& rows, const zs::RowStatistics& out, int64_t first,
+                                       int64_t last))
+ZS_DECLARE(void token_logprobs_backward(const zs::LogitRows& rows, const zs::RowGradients& grads, int64_t first,
+                                        int64_t last))
+// out [rows, 5]: max z, sum e^(z - max), sum e^(z - max) z, sum e^(2 (z - max)), z of the index (0 outside).
 ZS_DECLARE(void token_logprobs_partials(const zs::LogitRows& rows, float* out, int64_t first, int64_t last))

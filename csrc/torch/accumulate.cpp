@@ -1,5 +1,5 @@
-// What a head worked off in chunks needs on the CPU, through the LibTorch stable ABI: sums of rounded products, and memory
-// that is cheap to write for the first time.
+// What a head worked off in chunks needs on the CPU, through the LibTorch stable ABI: sums of rounded products, and
+// memory that is cheap to write for the first time.
 #include "zs_accumulate.h"
 
 #include <torch/csrc/stable/library.h>
@@ -57,8 +57,8 @@ void prefer_huge_pages(Tensor memory) {
 
 }  // namespace
 
-// accumulate_split_: the sum is `high`, a bfloat16 tensor that can be used as it is, plus what `low` (zeros at first) adds
-// to it: 24 bits in all, three quarters of the memory of a float32 sum and no conversion at the end.
+// accumulate_split_: the sum is `high`, a bfloat16 tensor that can be used as it is, plus what `low` (zeros at first)
+// adds to it: 24 bits in all, three quarters of the memory of a float32 sum and no conversion at the end.
 STABLE_TORCH_LIBRARY_FRAGMENT(zs_native, library) {
   library.def("accumulate_(Tensor(a!) sum, Tensor addend) -> ()");
   library.def("accumulate_split_(Tensor(a!) high, Tensor(b!) low, Tensor addend) -> ()");

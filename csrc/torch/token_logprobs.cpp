@@ -1,4 +1,4 @@
-// Row sweeps over logits for the CPU, through the LibTorch stable ABI. Doors and references: kernels/zs_kernels/_sweeps.py.
+// Row sweeps over logits for the CPU, through the LibTorch stable ABI. Callers: kernels/zs_kernels/_sweeps.py.
 #include "zs_token_logprobs.h"
 
 #include <torch/csrc/stable/library.h>
