@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -357,14 +358,21 @@ def counted(op: str, mask: Tensor | None, count: int | None) -> int:
     return int(mask.sum()) if mask.device.type == "cpu" and not torch.compiler.is_compiling() else -1
 
 
-def autocast_operands(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The operands in autocast's type where it is on, as a linear layer casts its own."""
-    device = next(operand for operand in operands if operand is not None).device.type
-    if not torch.is_autocast_enabled(device):
-        return operands
-    dtype = torch.get_autocast_dtype(device)
-    narrow = (torch.float32, torch.float16, torch.bfloat16)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in narrow else x for x in operands)
+def autocast_operands(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None
+) -> tuple[Tensor, Tensor, Tensor | None, Lora | None]:
+    """The operands in autocast's type where it is on, as a linear layer casts its own; yet unchecked."""
+    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias, lora
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+
+    def cast(x: Any) -> Any:
+        narrow = isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        return x.to(dtype) if narrow else x
+
+    if isinstance(lora, tuple):
+        lora = tuple(cast(part) for part in lora)  # type: ignore[assignment]
+    return cast(hidden), cast(weight), cast(bias), lora
 
 
 def empty_gradients(operands: tuple[Tensor | None, ...], wanted: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -96,12 +96,15 @@ def backward_gradients(
     *,
     chunks: list[slice],
     kept: Tensor,
+    overwrite: bool,
     shards: Shards | None,
 ) -> HeadGradients:
-    """Gradients of hidden [M, H] and the head. kept: the logits [M, V], overwritten, or [0] to compute them again."""
+    """Gradients of hidden [M, H] and the head. kept: the logits [M, V], or [0] to compute them again. overwrite: kept
+    logits that have the gradient's type become the gradient."""
     height = max((here.stop - here.start for here in chunks), default=0)
     gradients = HeadGradients(head, hidden, wanted, len(chunks))
-    keep, apart = kept.numel() > 0, head.logits_dtype != hidden.dtype
+    keep = kept.numel() > 0
+    apart = head.logits_dtype != hidden.dtype or (keep and not overwrite)
     workspace = kept if keep else hidden.new_empty(height, head.vocabulary, dtype=head.logits_dtype)
     own = hidden.new_empty(height if apart else 0, head.vocabulary)
     for here in chunks:

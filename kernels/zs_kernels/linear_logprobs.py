@@ -31,6 +31,7 @@ from zs_kernels._linear import Head, Lora, Wanted
 from zs_kernels._linear_passes import backward_gradients, forward_statistics, pack_rows, rows_with_gradient
 from zs_kernels._linear_shards import Shards, group_name, whole_vocabulary
 from zs_kernels._linear_tiles import tile_statistics
+from zs_kernels._triton import AVAILABLE as TRITON
 from zs_kernels.token_logprobs import TokenLogprobs, token_logprobs
 
 OP = "linear_logprobs"
@@ -94,13 +95,15 @@ def _forward(
     kept_bytes: int,
     group: str,
     vocabulary_start: int,
+    handed_over: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprobs [N], logsumexp [N], entropy, sum_squares, kept logits [M, V], unit gradient [N, H]), [0] if not wanted.
 
-    0 stands for None in softcap and workspace_bytes, '' in group, -1 in mask_count.
+    0 stands for None in softcap and workspace_bytes, '' in group, -1 in mask_count. handed_over: the caller forgets the
+    kept logits, so that the backward pass may overwrite them.
     """
     total, device = hidden.shape[0], hidden.device
-    head = Head(weight, bias, softcap or None, exact, lora_a, lora_b, lora_scale)
+    head = Head(weight, bias, softcap or None, exact or tiles, lora_a, lora_b, lora_scale)
     kept_rows = _kept_rows(total, head, mask, mask_count, kept_bytes)
     limit = whole_vocabulary(OP, group, vocabulary_start, weight, total)
     require_index(OP, "index", index, (total,), limit, device=device, mask=mask)
@@ -110,7 +113,7 @@ def _forward(
         inverse = _linear.inverse_temperature(temperature, row_temperature, rows)
         kept = hidden.new_empty(kept_rows, head.vocabulary, dtype=head.logits_dtype)
         units = torch.empty_like(states) if unit and not kept_rows else None
-        if tiles:
+        if tiles and backend_of(hidden, weight) == "triton":
             sweep = tile_statistics(states, weight, targets, inverse, bias=bias, softcap=softcap or None)
         else:
             plan = (head.row_bytes, workspace_bytes or None, device)
@@ -163,6 +166,7 @@ def _(
     kept_bytes: int,
     group: str,
     vocabulary_start: int,
+    handed_over: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, head = hidden.shape[0], Head(weight, exact=exact)
     kept = _kept_rows(rows, head, mask, mask_count, kept_bytes)
@@ -177,8 +181,7 @@ def _(
     )
 
 
-@torch.library.custom_op("zs_kernels::linear_logprobs_backward", mutates_args={"kept"})
-def _backward(
+def _gradients(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     kept: Tensor,
@@ -202,8 +205,9 @@ def _backward(
     group: str,
     vocabulary_start: int,
     wanted: Sequence[bool],
+    overwrite: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight, bias, lora_a, lora_b, [0] for one not wanted; overwrites the kept logits."""
+    """Gradients of hidden, weight, bias, lora_a, lora_b, [0] for one not wanted. overwrite: the kept logits."""
     total, device = hidden.shape[0], hidden.device
     head = Head(weight, bias, softcap or None, exact, lora_a, lora_b, lora_scale)
     if grad_logprobs is None:
@@ -217,7 +221,7 @@ def _backward(
         slots = [_linear.selected(grad_logprobs, rows)]
         if grad_entropy is not None:
             slots.append(_linear.selected(grad_entropy, rows))
-        live = rows_with_gradient(*slots)
+        live = rows_with_gradient(*slots) if overwrite or kept.numel() == 0 else None
         if live is not None:
             if kept.numel():
                 pack_rows(kept, live)
@@ -235,14 +239,14 @@ def _backward(
             Wanted(*wanted),
             chunks=_linear.planned_chunks(states.shape[0], head.row_bytes, workspace_bytes or None, device),
             kept=kept,
+            overwrite=overwrite,
             shards=Shards(group) if group else None,
         )
         grad_hidden, *others = gradients.results()
         return (_linear.spread(grad_hidden, rows, total) if wanted[0] else grad_hidden, *others)
 
 
-@_backward.register_fake
-def _(
+def _fake_gradients(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     kept: Tensor,
@@ -266,8 +270,15 @@ def _(
     group: str,
     vocabulary_start: int,
     wanted: Sequence[bool],
+    overwrite: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _linear.empty_gradients((hidden, weight, bias, lora_a, lora_b), wanted)
+
+
+_backward = torch.library.custom_op("zs_kernels::linear_logprobs_backward", _gradients, mutates_args=())
+_backward_ = torch.library.custom_op("zs_kernels::linear_logprobs_backward_", _gradients, mutates_args={"kept"})
+for _op in (_backward, _backward_):
+    _op.register_fake(_fake_gradients)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -284,14 +295,18 @@ def _run_backward(
     ctx: Any, grad_logprobs: Tensor | None, _lse: None, grad_entropy: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     logsumexp, entropy, unit, *operands = ctx.saved_tensors
-    mask_count, lora_scale, temperature, softcap, _, _, exact, tiles, _, _, workspace, _, group, start = ctx.numbers
+    *numbers, handed_over = ctx.numbers
+    mask_count, lora_scale, temperature, softcap, given, _, exact, tiles, _, _, workspace, _, group, start = numbers
+    grad_entropy = grad_entropy if given else None  # there is none of an entropy of shape [0]
     wanted = [ctx.needs_input_grad[place] for place in (0, 1, 3, 4, 5)]
-    kept, ctx.kept = ctx.kept, None  # the pass overwrites it: another one computes the logits again
-    if kept is None:
-        kept = operands[0].new_empty(0)
+    kept = operands[0].new_empty(0) if ctx.kept is None else ctx.kept
+    # A graph that is being traced must not see its backward pass change what its forward pass has made.
+    overwrite = handed_over and type(kept) is Tensor
+    if overwrite:
+        ctx.kept = None  # another backward pass computes the logits again
     if grad_logprobs is None and grad_entropy is None:
         grad_logprobs = torch.zeros_like(logsumexp)
-    gradients = _backward(
+    gradients = (_backward_ if overwrite else _backward)(
         grad_logprobs,
         grad_entropy,
         kept,
@@ -308,9 +323,10 @@ def _run_backward(
         group,
         start,
         wanted,
+        overwrite,
     )
     hidden, weight, bias, lora_a, lora_b = (g if w else None for g, w in zip(gradients, wanted, strict=True))
-    return hidden, weight, None, bias, lora_a, lora_b, *[None] * 16
+    return hidden, weight, None, bias, lora_a, lora_b, *[None] * 17
 
 
 _forward.register_autograd(_run_backward, setup_context=_setup_context)
@@ -324,12 +340,14 @@ def _chosen_backend(
     if wanted == "liger":
         reason = _linear_liger.obstacle(hidden, weight, plain)
         require(not reason, op, "head_backend", f"another than 'liger' ({reason})", wanted)
-    kernels = backend_of(hidden, weight) == "triton"
     if wanted == "triton":
-        reason = "tensors on a GPU" if not kernels else "no lora, process_group or batch_invariant"
-        require(kernels and tileable, op, "head_backend", f"another than 'triton', which needs {reason}", wanted)
+        reason = "another than 'triton', which takes no lora, process_group or batch_invariant"
+        require(tileable, op, "head_backend", reason, wanted)
+        if not torch.compiler.is_compiling():
+            kernels = backend_of(hidden, weight) == "triton"
+            require(kernels, op, "head_backend", "another than 'triton', which needs a GPU", wanted)
     if wanted == "auto":
-        return "triton" if kernels and tileable and hidden.is_cuda and most < FEW_ROWS else "gemm"
+        return "triton" if hidden.is_cuda and TRITON and tileable and most < FEW_ROWS else "gemm"
     return wanted  # type: ignore[return-value]
 
 
@@ -380,6 +398,7 @@ def linear_logprobs(
     autocast, hidden, weight, bias and lora are cast as a linear layer's are.
     Raises ValueError, TypeError or IndexError that names the argument.
     """
+    hidden, weight, bias, lora = _linear.autocast_operands(hidden, weight, bias, lora)
     _linear.check_operands(OP, hidden, weight, bias)
     _linear.check_lora(OP, lora, hidden, weight)
     rows = hidden.shape[0]
@@ -395,7 +414,6 @@ def linear_logprobs(
     mask_count = _linear.counted(OP, mask, mask_count)
 
     a, b, scale = (None, None, 1.0) if lora is None else lora
-    hidden, weight, bias, a, b = _linear.autocast_operands(hidden, weight, bias, a, b)
     exact = exact and weight.dtype in (torch.float16, torch.bfloat16)
     by_row = isinstance(temperature, Tensor)
     most = _linear.most_rows(Head(weight, exact=exact).row_bytes, workspace_bytes, hidden.device)
@@ -431,6 +449,7 @@ def linear_logprobs(
         int(logits_bytes) if can_keep else 0,
         group,
         vocabulary_start,
+        True,
     )
     return TokenLogprobs(
         logprobs=logprobs,

@@ -368,6 +368,7 @@ def linear_policy_loss(
     another one in place, so one backward pass can go through a loss, and no second derivative.
     Raises ValueError, TypeError or IndexError that names the argument.
     """
+    hidden, weight, bias, lora = _linear.autocast_operands(hidden, weight, bias, lora)
     _linear.check_operands(OP, hidden, weight, bias)
     _linear.check_lora(OP, lora, hidden, weight)
     rows, device = hidden.shape[0], hidden.device
@@ -388,7 +389,6 @@ def linear_policy_loss(
             require_positive(OP, name, number)
     mask_count = _linear.counted(OP, mask, mask_count)
     a, b, scale = (None, None, 1.0) if lora is None else lora
-    hidden, weight, bias, a, b = _linear.autocast_operands(hidden, weight, bias, a, b)
     by_row = isinstance(temperature, Tensor)
     loss, logprobs, entropy, metrics, *_ = _forward(
         hidden,

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.ops.op_bodies import Made, Products
 from zs_kernels._device import native_status, use_backend
 from zs_kernels._triton import AVAILABLE, INTERPRETED
 from zs_kernels.linear_logprobs import linear_logprobs_reference
@@ -242,31 +241,6 @@ def test_a_frozen_head_costs_no_weight_gradient_and_no_grad_none_at_all() -> Non
     assert products.count == 3
 
 
-def opened(mode: TorchDispatchMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation; of ours run the body under the mode, too, which otherwise sees them as one operation."""
-    if func.namespace != "zs_kernels":
-        return func(*args, **kwargs)
-    with mode:
-        return OPDEFS[func.name().removesuffix(".default")]._init_fn(*args, **kwargs)
-
-
-class Products(TorchDispatchMode):
-    """Counts matrix products of at least `size` multiplications, and the largest tensor made."""
-
-    def __init__(self, size: int = 6 * 5 * 700) -> None:
-        super().__init__()
-        self.size, self.count, self.largest = size, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = opened(self, func, args, kwargs or {})
-        if func.overloadpacket.__name__ in ("mm", "matmul", "addmm", "addmm_"):
-            operands = [a for a in args if isinstance(a, Tensor)][-2:]
-            self.count += operands[0].numel() * operands[1].shape[1] >= self.size
-        made = result if isinstance(result, tuple | list) else (result,)
-        self.largest = max([self.largest, *(t.numel() for t in made if isinstance(t, Tensor))])
-        return result
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_is_larger_than_one_chunk_of_logits(dtype: torch.dtype) -> None:
     case, chunk = Case(64, 4, 1000), 8
@@ -295,21 +269,6 @@ def test_gradients_are_handed_over_and_not_copied() -> None:
         loss = linear_policy_loss(leaves["hidden"], leaves["weight"], case.index, *case.tokens.values()).loss
     loss.backward()
     assert leaves["weight"].grad.untyped_storage().data_ptr() in made.places
-
-
-class Made(TorchDispatchMode):
-    """Where tensors of one size lie."""
-
-    def __init__(self, elements: int) -> None:
-        super().__init__()
-        self.elements = elements
-        self.places: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = opened(self, func, args, kwargs or {})
-        if isinstance(result, Tensor) and result.numel() == self.elements:
-            self.places.add(result.untyped_storage().data_ptr())
-        return result
 
 
 def test_float16_gradients_do_not_underflow_before_the_loss_scale(backend: str) -> None:
