@@ -203,7 +203,8 @@ class AlgorithmConfig(Section):
     def _fill_in_by_name(cls, given: object) -> object:
         if not isinstance(given, dict):
             return given
-        return ALGORITHM_DEFAULTS.get(str(given.get("name", "grpo")), {}) | given
+        lists_as_tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        return ALGORITHM_DEFAULTS.get(str(given.get("name", "grpo")), {}) | lists_as_tuples
 
     @model_validator(mode="after")
     def _check(self) -> AlgorithmConfig:

@@ -144,7 +144,8 @@ def _launch_arguments(
     logits: Tensor, ref_logits: Tensor, bias: Tensor | None, ref_bias: Tensor | None, inverse: float | Tensor
 ) -> tuple[list[Tensor], float, dict[str, Any]]:
     per_row = isinstance(inverse, Tensor)
-    block = max(128, min(BLOCK, triton.next_power_of_2(logits.shape[1])))
+    columns_of_thread = 16 if bias is None and ref_bias is None else 8  # biases need registers, too
+    block = max(128, min(BLOCK * columns_of_thread // 16, triton.next_power_of_2(logits.shape[1])))
     flags = {"PER_ROW": per_row, "HAS_BIAS": bias is not None, "HAS_REF_BIAS": ref_bias is not None, "BLOCK": block}
     tensors = [
         logits,
@@ -153,7 +154,7 @@ def _launch_arguments(
         ref_logits if ref_bias is None else ref_bias.contiguous(),
         inverse.float().contiguous() if per_row else logits,
     ]
-    return tensors, 1.0 if per_row else float(inverse), flags | {"num_warps": max(1, min(8, block // 512))}
+    return tensors, 1.0 if per_row else float(inverse), flags | {"num_warps": max(1, block // (32 * columns_of_thread))}
 
 
 def _kl_statistics_triton(

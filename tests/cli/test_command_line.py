@@ -75,7 +75,7 @@ WRONG = {
     "unknown flag": (["--train.stepz", "3"], 2, ["train.stepz", '"3"', "did you mean train.steps"]),
     "flag without its section": (["--steps", "3"], 2, ["did you mean train.steps or sft.steps"]),
     "bad value": (["--train.steps", "abc"], 2, ["train.steps", '"abc"', "whole number >= 1"]),
-    "bad choice": (["--algorithm.name", "grpq"], 2, ["'grpo' or 'reinforce'", "did you mean grpo?"]),
+    "bad choice": (["--algorithm.name", "grpq"], 2, ["'reinforce' or 'grpo'", "did you mean grpo?"]),
     "no value": (["--train.steps"], 2, ["--train.steps needs a value", "whole number >= 1"]),
     "bad switch": (["--model.chat_template", "maybe"], 2, ["model.chat_template", '"maybe"', "true or false"]),
     "unknown recipe": (["nosuchrecipe"], 2, ["nosuchrecipe", "path, ending in .toml"]),
