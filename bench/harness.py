@@ -201,7 +201,8 @@ def _sample(function: Callable[[], Any], calls: int, device: str) -> tuple[float
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(calls):
         function()
-    return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
+    taken = time.perf_counter() - wall, time.process_time() - cpu
+    return tuple(max(one, 1e-9) / calls for one in taken)  # type: ignore[return-value]  # a clock may stand still
 
 
 def _spread(times: Sequence[float]) -> float:

@@ -67,10 +67,14 @@ def run_ops(
         print("" if best.flop_per_s is None else f", bf16 matrix product {best.flop_per_s / 1e12:.4g} TFLOP/s")
         for name in names:
             case = build(name, device, quick=quick)
+            gc.collect()
+            gc.freeze()  # the peers' millions of objects need not be looked through before every call
             try:
                 found = measure(case, rounds=rounds or _rounds(case, quick), ceilings=best)
             except Disagreement as error:
                 raise PreflightError(f"bench: not timed, because results differ: {error}") from error
+            finally:
+                gc.unfreeze()
             timings += found
             verdicts += judge(case, found)
             absent |= case.absent
