@@ -33,6 +33,9 @@ def test_every_kernel_compiles(architecture):
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert rows, "nothing was compiled"
+    page = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+    missing = {row["kernel"] for row in rows if f"`{row['kernel']}`" not in page}
+    assert not missing, f"docs/kernels.md is older than {sorted(missing)}: make kernels-report"
     for row in rows:
         used = row[f"sm_{architecture}"]
         assert used["registers"] > 0 and used["spilled_bytes"] == 0, row
