@@ -26,9 +26,11 @@ class Shards:
 
     def gather(self, values: Tensor) -> Tensor:
         """[R, ...] in the order of the ranks, from each process's tensor of the same shape."""
-        result = values.new_empty(self.count, *values.shape)
-        distributed.all_gather_into_tensor(result, values.contiguous(), group=self.group)
-        return result
+        result = values.new_empty(self.count * values.shape[0], *values.shape[1:])
+        # Since torch 2.13 the same operation has another name.
+        gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+        gather(result, values.contiguous(), group=self.group)
+        return result.reshape(self.count, *values.shape)
 
     def total(self, partial: Tensor) -> Tensor:
         """Sum over all processes, in float32 for 16-bit types."""
@@ -36,16 +38,17 @@ class Shards:
         distributed.all_reduce(wide, group=self.group)
         return wide.to(partial.dtype)
 
-    def vocabulary(self, op: str, start: int, size: int, rows: int) -> int:
-        """The whole vocabulary's size, once all processes know that their shards cover it and their rows agree."""
-        told = self.gather(torch.tensor([start, size, rows])).tolist()
+    def layout(self, op: str, start: int, size: int, rows: int, device: torch.device) -> tuple[int, int]:
+        """(size of the whole vocabulary, of the largest shard), once all processes know that their shards cover it and
+        their rows agree. A GPU's host waits for it."""
+        told = self.gather(torch.tensor([start, size, rows], device=device)).tolist()
         shards = sorted((first, first + length) for first, length, _ in told)
         ends = [0, *(end for _, end in shards)]
         require(
             [first for first, _ in shards] == ends[:-1], op, "vocabulary_start", f"a cover of [0, V): {shards}", start
         )
         require(len({count for *_, count in told}) == 1, op, "hidden", "the same rows in every process", rows)
-        return ends[-1]
+        return ends[-1], max(length for _, length, _ in told)
 
 
 def whole_vocabulary(op: str, group: str, start: int, weight: Tensor, rows: int) -> int:
@@ -57,4 +60,4 @@ def whole_vocabulary(op: str, group: str, start: int, weight: Tensor, rows: int)
         return weight.shape[0]
     if weight.device.type != "cpu":
         return 1 << 62
-    return Shards(group).vocabulary(op, start, weight.shape[0], rows)
+    return Shards(group).layout(op, start, weight.shape[0], rows, weight.device)[0]

@@ -24,7 +24,7 @@ from zs_kernels._check import require, require_floating, require_index, require_
 from zs_kernels._device import backend_of
 from zs_kernels._linear import Head, HeadGradients, Lora, Wanted
 from zs_kernels._linear_passes import pack_rows, rows_with_gradient
-from zs_kernels._linear_shards import Shards, group_name, whole_vocabulary
+from zs_kernels._linear_shards import Shards, group_name
 from zs_kernels._policy_epilogue import _policy_epilogue_triton, _scale_triton
 from zs_kernels._policy_terms import N_METRICS, PolicyLossSettings, check_settings
 from zs_kernels.policy_loss import token_terms
@@ -77,6 +77,8 @@ class _Call:
     """[] float32, multiplies all gradients: float16 would lose the small ones."""
     workspace_bytes: int
     shards: Shards | None
+    largest_shard: int
+    """Vocabulary rows of it: all processes work off the same chunks."""
 
     def statistics(self, logits: Tensor, index: Tensor, inverse: float | Tensor) -> Sweep:
         """Of a chunk, over all shards of the vocabulary."""
@@ -147,7 +149,8 @@ def _all_chunks(
 ) -> tuple[Tensor, Tensor, HeadGradients]:
     """(log-probabilities [M], entropies [M], gradients) of all rows."""
     head, rows = call.head, hidden.shape[0]
-    chunks = _linear.planned_chunks(rows, head.row_bytes, call.workspace_bytes or None, hidden.device)
+    row_bytes = head.row_bytes // head.vocabulary * call.largest_shard
+    chunks = _linear.planned_chunks(rows, row_bytes, call.workspace_bytes or None, hidden.device)
     height = max((here.stop - here.start for here in chunks), default=0)
     gradients = HeadGradients(head, hidden, call.wanted, len(chunks))
     dtype = _linear.statistics_dtype(hidden.dtype)
@@ -206,6 +209,7 @@ def _forward(
     workspace_bytes: int,
     group: str,
     vocabulary_start: int,
+    largest_shard: int,
     wanted: Sequence[bool],
     handed_over: bool,
     form: str,
@@ -231,7 +235,12 @@ def _forward(
     )  # fmt: skip
     total = hidden.shape[0]
     head = Head(weight, bias, softcap or None, exact, lora_a, lora_b, lora_scale)
-    limit = whole_vocabulary(OP, group, vocabulary_start, weight, total)
+    shards = Shards(group) if group else None
+    limit, largest = weight.shape[0], weight.shape[0]
+    if shards is not None and hidden.is_cuda and largest_shard:
+        limit, largest = 1 << 62, largest_shard
+    elif shards is not None:
+        limit, largest = shards.layout(OP, vocabulary_start, largest, total, hidden.device)
     require_index(OP, "index", index, (total,), limit, device=hidden.device, mask=mask)
     with _linear.without_autocast(hidden.device):
         rows = _linear.compacted(OP, mask, mask_count)
@@ -240,8 +249,7 @@ def _forward(
         tokens = all_tokens.part(rows)
         states = _linear.selected(hidden, rows)
         scale = _gradient_scale(states, tokens.advantages, tokens.weights)
-        shards = Shards(group) if group else None
-        call = _Call(head, settings, Wanted(*wanted), scale, workspace_bytes, shards)
+        call = _Call(head, settings, Wanted(*wanted), scale, workspace_bytes, shards, largest)
         inverse = _linear.inverse_temperature(temperature, row_temperature, rows)
         logprobs, entropies, gradients = _all_chunks(call, states, inverse, tokens)
         _, old, *others, ref, importance = tokens
@@ -272,7 +280,7 @@ def _(
     lora_b: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    rows, wanted = hidden.shape[0], rest[12]
+    rows, wanted = hidden.shape[0], rest[13]
     dtype = _linear.statistics_dtype(hidden.dtype)
     scaled = hidden.dtype == torch.float16 and rows > 0
     return (
@@ -303,7 +311,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*rest)
     ctx.set_materialize_grads(False)
     ctx.gradients = output[4:]
-    ctx.wanted, ctx.handed_over = inputs[21], inputs[22]
+    ctx.wanted, ctx.handed_over = inputs[22], inputs[23]
 
 
 def _scaled(gradient: Tensor, factor: Tensor, handed_over: bool) -> Tensor:
@@ -323,13 +331,13 @@ def _run_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor 
     *gradients, unscale = ctx.gradients
     ctx.gradients = None
     if grad_loss is None:
-        return (None,) * 34
+        return (None,) * 35
     factor = grad_loss.to(torch.float32) * unscale if unscale.dim() == 0 else grad_loss
     hidden, weight, bias, lora_a, lora_b = (
         _scaled(gradient, factor, ctx.handed_over) if wish else None
         for gradient, wish in zip(gradients, ctx.wanted, strict=True)
     )
-    return hidden, weight, None, None, None, None, bias, lora_a, lora_b, *[None] * 25
+    return hidden, weight, None, None, None, None, bias, lora_a, lora_b, *[None] * 26
 
 
 _forward.register_autograd(_run_backward, setup_context=_setup_context)
@@ -356,6 +364,7 @@ def linear_policy_loss(
     lora: Lora | None = None,
     process_group: object = None,
     vocabulary_start: int = 0,
+    largest_shard: int | None = None,
 ) -> LinearPolicyLoss:
     """Loss of tokens [N] with its gradient by hidden, weight, bias and lora; statistics and metrics without.
 
@@ -363,7 +372,8 @@ def linear_policy_loss(
     vocabulary_start: as for linear_logprobs. old_logprobs: [N], or None for the log-probabilities themselves (the first
     update on what this policy sampled: all ratios are 1). advantages, weights [N], ref_logprobs, importance_weights
     [N]: as for policy_loss, as are the fields of `settings`; its form gspo needs whole sequences and is refused (take
-    linear_logprobs and policy_loss).
+    linear_logprobs and policy_loss). largest_shard: with process_group, the most vocabulary rows that a process holds,
+    where the caller knows it: without it a GPU's host waits for the processes to agree on their chunks.
     Where no gradient is wanted none is computed. The gradients are made for an upstream gradient of 1 and multiplied by
     another one in place, so one backward pass can go through a loss, and no second derivative.
     Raises ValueError, TypeError or IndexError that names the argument.
@@ -387,6 +397,14 @@ def linear_policy_loss(
     for name, number in (("softcap", softcap), ("workspace_bytes", workspace_bytes)):
         if number is not None:
             require_positive(OP, name, number)
+    if largest_shard is not None:
+        require(
+            bool(group) and largest_shard >= weight.shape[0],
+            OP,
+            "largest_shard",
+            "None or a shard's size",
+            largest_shard,
+        )
     mask_count = _linear.counted(OP, mask, mask_count)
     a, b, scale = (None, None, 1.0) if lora is None else lora
     by_row = isinstance(temperature, Tensor)
@@ -409,6 +427,7 @@ def linear_policy_loss(
         int(workspace_bytes or 0),
         group,
         vocabulary_start,
+        int(largest_shard or 0),
         [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias, a, b)],
         True,
         *settings,

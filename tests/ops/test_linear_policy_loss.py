@@ -331,7 +331,7 @@ def test_registered_op_passes_opcheck() -> None:
         leaves = case.leaves(dtype, True)
         ref, importance = case.more.values() if settings.kl_coefficient else (None, None)
         head = (leaves["bias"], None, None)
-        numbers = (4, 1.0, 1.0, 0.0, False, 33 * 4, "", 0, [True, True, True, False, False], False)
+        numbers = (4, 1.0, 1.0, 0.0, False, 33 * 4, "", 0, 0, [True, True, True, False, False], False)
         arguments = (leaves["hidden"], leaves["weight"], case.index, *case.tokens.values(), *head)
         torch.library.opcheck(
             torch.ops.zs_kernels.linear_policy_loss.default,
