@@ -173,6 +173,8 @@ def masked_gae(device: str, name: str, S: int, T: int, *, loops: bool = True) ->
     generator = torch.Generator(device).manual_seed(0)
     rewards, values = (torch.randn(S, T, generator=generator, device=device) for _ in range(2))
     mask = (torch.arange(T, device=device) % 400 < 160).repeat(S, 1)
+    cu_seqlens = torch.arange(0, S * T + 1, T, device=device)
+    packed = (rewards.flatten(), values.flatten(), mask.flatten(), cu_seqlens)
     gamma, lam = 0.99, 0.95
     variants = Variants()
     verl = find("verl.trainer.ppo.core_algos", "compute_gae_advantage_return")
@@ -188,7 +190,7 @@ def masked_gae(device: str, name: str, S: int, T: int, *, loops: bool = True) ->
         return finish(returns, whitened)
 
     def ours(**options: Any) -> tuple[Tensor, Tensor]:
-        return zs_kernels.gae(rewards, values, mask, gamma=gamma, lam=lam, **options)
+        return zs_kernels.gae(*packed, gamma=gamma, lam=lam, **options)
 
     def ours_whitened() -> Results:
         whitened, returns = ours(whiten=True)
@@ -198,17 +200,16 @@ def masked_gae(device: str, name: str, S: int, T: int, *, loops: bool = True) ->
         variants.add_peer("verl loop", verl, verl_loop)
         variants.add("masked loop", lambda: finish(masked_loop(rewards, values, mask, gamma, lam)[1]))
         variants.add("classic loop", lambda: {"other returns": classic_loop(rewards, values, gamma, lam)[1]})
-    variants.add("gae", lambda: {"returns": ours()[1]})
+    variants.add("gae", lambda: {"returns": ours()[1].view(S, T)})
     variants.add("gae, whitened", ours_whitened)
 
     def exact() -> Results:
-        flat = [one.flatten().cpu() for one in (rewards, values, mask)]
-        bounds = torch.arange(0, S * T + 1, T)
+        on_cpu = [one.cpu() for one in packed]
         with zs_kernels.use_backend("reference"):
-            advantages, returns = zs_kernels.gae(*flat, bounds, gamma=gamma, lam=lam)
-        taken = advantages[flat[2]].double()
+            advantages, returns = zs_kernels.gae(*on_cpu, gamma=gamma, lam=lam)
+        taken = advantages[on_cpu[2]].double()
         whitened = torch.zeros(S * T, dtype=torch.float64)
-        whitened[flat[2]] = (taken - taken.mean()) / torch.sqrt(taken.var() + 1e-8)
+        whitened[on_cpu[2]] = (taken - taken.mean()) / torch.sqrt(taken.var() + 1e-8)
         return {"returns": returns.view(S, T).double(), "whitened": whitened.view(S, T)}
 
     # rewards, values and mask in, advantages and returns out

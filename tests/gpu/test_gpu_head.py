@@ -82,7 +82,7 @@ class Head:
 
 def relative(found: Tensor, exact: Tensor) -> float:
     assert found.isfinite().all()
-    return float(torch.linalg.vector_norm(found.double() - exact) / torch.linalg.vector_norm(exact))
+    return float(torch.linalg.vector_norm(found.detach().double() - exact) / torch.linalg.vector_norm(exact))
 
 
 @pytest.fixture(scope="module")
