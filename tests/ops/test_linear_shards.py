@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ def work(rank: int, meeting: str) -> None:
     check(logprobs, torch.bfloat16, rank, False, exact=True)
     check(logprobs, torch.float32, rank, False, logits_bytes=0)
     refusals(rank)
+    gc.collect()  # what an error's traceback still holds of the group would outlive it, threads and all
+    distributed.barrier()
     distributed.destroy_process_group()
 
 
