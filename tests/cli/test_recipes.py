@@ -102,7 +102,10 @@ WRONG = {
         ["train.stepz = 3", "steps, questions_per_step", "did you mean train.steps?"],
     ),
     "key in the wrong place": ("group_size = 3", ["group_size = 3", "did you mean train.group_size?"]),
-    "unknown section": ("[tain]\nsteps = 3", ["unknown key tain", "algorithm, critic, curriculum", "did you mean train?"]),
+    "unknown section": (
+        "[tain]\nsteps = 3",
+        ["unknown key tain", "algorithm, critic, curriculum", "did you mean train?"],
+    ),
     "section as a value": ("train = 5", ["train = 5", "takes a section", "[train]", "steps"]),
     "text for a number": ('seed = "1"', ['seed = "1"', "a whole number >= 0"]),
     "fraction for a whole number": ("[train]\nsteps = 1.5", ["train.steps = 1.5", "a whole number >= 1"]),

@@ -80,9 +80,7 @@ def micro_batch_loss(
     rollout_logprobs = micro.at_loss_tokens(batch.scored.packed.rollout_logprobs)
     importance = None
     if config.correction != "none":
-        assert old_logprobs is not None, (
-            "a correction compares the trainer's own log-probabilities with the sampler's"
-        )
+        assert old_logprobs is not None, "a correction compares the trainer's own log-probabilities with the sampler's"
         importance = _against_sampler(old_logprobs, rollout_logprobs, micro, config).weights
     if settings.form == "gspo":  # a trajectory's ratio is known only when all its log-probabilities are
         scored = linear_logprobs(
