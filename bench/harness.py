@@ -67,8 +67,9 @@ class Case:
     """Floating-point operations that no way can do without."""
     bytes: float = 0.0
     """Bytes that no way can do without: each input read once, each output written once."""
-    floor: str | None = None
-    """The variant whose time is the floor; without one, the machine's ceilings and `flop` and `bytes` give it."""
+    floors: tuple[str, ...] = ()
+    """Variants of bare work, the fastest of which is the floor; without any, the machine's ceilings and `flop` and
+    `bytes` give it."""
     targets: tuple[Target, ...] = ()
     absent: dict[str, str] = field(default_factory=dict)
     """Peers that would be variants, and how to install them."""
@@ -214,8 +215,8 @@ def _spread(times: Sequence[float]) -> float:
 
 def _floor(case: Case, times: Mapping[str, float], ceilings: usage.Ceilings | None) -> float | None:
     """Seconds that no way can beat, as far as this machine's own measurements say."""
-    if case.floor is not None:
-        return times.get(case.floor)
+    if case.floors:
+        return min((times[name] for name in case.floors if name in times), default=None)
     if ceilings is None or not (case.bytes or (case.flop and ceilings.flop_per_s)):
         return None
     return max(case.bytes / ceilings.bytes_per_s, case.flop / ceilings.flop_per_s if ceilings.flop_per_s else 0.0)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import zs_kernels
 from bench.harness import Results
+from zs_kernels import _wide_products
 from zs_kernels._cuda import use_cuda
 
 CHUNK = 256
@@ -132,6 +133,21 @@ def three_products(head: Head) -> Callable[[], None]:
         logits = hidden @ weight.T
         logits @ weight
         logits.T @ hidden
+
+    return run
+
+
+def three_wide_products(head: Head) -> Callable[[], None]:
+    """The same by way of float32 copies of slices of the head, as our ops do it on some processors."""
+    hidden, weight = head.hidden.detach()[head.mask], head.weight.detach()
+
+    def run() -> None:
+        logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+        _wide_products.multiply(hidden, weight, logits)
+        _wide_products.multiply_gradient(
+            logits, weight, hidden, grad_hidden=grad_hidden, add_to_weight=grad_weight.__setitem__
+        )
 
     return run
 

@@ -8,13 +8,20 @@ import zs_kernels
 from bench import head_cases as ways
 from bench.harness import Case, Results
 from bench.peers import Variants, find
-from zs_kernels import _cuda, _linear_liger
+from zs_kernels import _cuda, _linear_liger, _wide_products
 
 OURS, EXACT = "linear_policy_loss", "linear_policy_loss exact"
 NAIVE, CHECKPOINTED, LIGER = "naive fp32", "checkpointed chunks", "Liger fused linear GRPO"
 LIGER_SCALED, TRL_CHUNKED, COMPILED = "Liger fused scaled CE", "TRL chunked log-prob", "torch.compile(naive)"
-PRODUCTS, KEPT = "three GEMMs", "naive fp32, kept tokens"
+PRODUCTS, WIDE_PRODUCTS, KEPT = "three GEMMs", "three GEMMs by float32", "naive fp32, kept tokens"
 SMALL_WORKSPACE = "linear_policy_loss 256 MiB"
+
+
+def add_products(head: ways.Head, variants: Variants, device: str) -> None:
+    """What the floor is made of: the bare products, also by way of float32 copies where a processor prefers those."""
+    variants.add(PRODUCTS, ways.three_products(head))
+    if device == "cpu" and _wide_products.prefers_float32(head.weight.dtype):
+        variants.add(WIDE_PRODUCTS, ways.three_wide_products(head))
 
 
 def peers_of_fused(head: ways.Head, variants: Variants, device: str) -> None:
@@ -51,7 +58,7 @@ def fused_loss(
     """Log-prob and clipped policy loss, forward and backward, every token with loss."""
     head = ways.make_head(device, T, H, V)
     variants = Variants()
-    variants.add(PRODUCTS, ways.three_products(head))
+    add_products(head, variants, device)
     variants.add(NAIVE, ways.with_torch_loss(head, ways.naive))
     variants.add("naive bf16", ways.with_torch_loss(head, ways.naive_bf16))
     variants.add(CHECKPOINTED, ways.with_torch_loss(head, ways.checkpointed))
@@ -71,7 +78,7 @@ def fused_loss_masked(device: str, name: str, T: int, H: int, V: int) -> Case:
     """The same with loss on 36 % of the tokens, as where prompts and documents are masked."""
     head = ways.make_head(device, T, H, V, masked=True)
     variants = Variants()
-    variants.add(PRODUCTS, ways.three_products(head))
+    add_products(head, variants, device)
     variants.add(NAIVE, ways.with_torch_loss(head, ways.naive))
     variants.add(KEPT, ways.with_torch_loss(head, ways.naive, rows=head.mask.nonzero().squeeze(1)))
     grpo = find("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
@@ -85,7 +92,7 @@ def fused_loss_long(device: str, name: str, T: int, H: int, V: int) -> Case:
     """Many tokens: what grows with them and what does not."""
     head = ways.make_head(device, T, H, V)
     variants = Variants()
-    variants.add(PRODUCTS, ways.three_products(head))
+    add_products(head, variants, device)
     variants.add(NAIVE, ways.with_torch_loss(head, ways.naive))
     variants.add(CHECKPOINTED, ways.with_torch_loss(head, ways.checkpointed))
     variants.add(OURS, ways.ours(head))
@@ -107,7 +114,7 @@ def _case(
         device=device,
         exact=lambda: ways.exact_results(head),
         flop=flop,
-        floor=PRODUCTS if device == "cpu" else None,
+        floors=(PRODUCTS, WIDE_PRODUCTS) if device == "cpu" else (),
         absent=variants.absent,
         rounds=rounds,
     )
@@ -134,7 +141,7 @@ def head_forward(device: str, name: str, T: int, H: int, V: int) -> Case:
         device=device,
         exact=lambda: {"logprobs": ways.exact_results(head)["logprobs"]},
         flop=2.0 * T * H * V,
-        floor="one GEMM" if device == "cpu" else None,
+        floors=("one GEMM",) if device == "cpu" else (),
         absent=variants.absent,
     )
 
@@ -183,5 +190,5 @@ def head_kl(device: str, name: str, T: int, H: int, V: int) -> Case:
         device=device,
         exact=exact,
         flop=8.0 * T * H * V,
-        floor="four GEMMs" if device == "cpu" else None,
+        floors=("four GEMMs",) if device == "cpu" else (),
     )

@@ -9,6 +9,7 @@ chunk at a time. Bias, softcap and temperature are applied, in float32, by the r
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zs_kernels import _wide_products
 from zs_kernels._check import describe, require, require_floating, require_number, require_tensor
 from zs_kernels._device import backend_of
 from zs_kernels._linear_shards import Shards
@@ -28,8 +30,6 @@ MAX_ROWS = {"cpu": 1024, "cuda": 8192}
 SEVERAL_ROWS = {"cpu": 512, "cuda": 8192}
 """Most rows of each of several chunks: a CPU is as fast with these, and leaves room for the float32 sums that the
 weight's gradient then needs."""
-EXACT_SLICE_BYTES = 32 << 20
-"""Most memory of the float32 copy of a slice of the head, where the device cannot keep a product's float32 sums."""
 GRADIENT_SLICE_ROWS = 4096
 """Vocabulary rows whose weight gradient is summed at a time, where the product cannot do it."""
 
@@ -90,16 +90,17 @@ class Head:
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         """out [M, V] of `logits_dtype` <- the raw logits of hidden [M, H]."""
         if out.dtype == hidden.dtype:
-            torch.mm(hidden, self.weight.T, out=out)
+            if _wide_products.pay(hidden):
+                _wide_products.multiply(hidden, self.weight, out)
+            else:
+                torch.mm(hidden, self.weight.T, out=out)
             if self.lora_a is not None and self.lora_b is not None:
                 out.addmm_(hidden @ self.lora_a.T, self.lora_b.T, alpha=self.lora_scale)
             return
         if keeps_sums(hidden):
             torch.mm(hidden, self.weight.T, out_dtype=out.dtype, out=out)
         else:
-            wide = hidden.to(out.dtype)
-            for part in slices(self.vocabulary, EXACT_SLICE_BYTES // (4 * max(1, hidden.shape[1]))):
-                torch.mm(wide, self.weight[part].to(out.dtype).T, out=out[:, part])
+            _wide_products.multiply(hidden, self.weight, out)
         if self.lora_a is not None and self.lora_b is not None:
             adapted = hidden.to(out.dtype) @ self.lora_a.to(out.dtype).T
             out.addmm_(adapted, self.lora_b.to(out.dtype).T, alpha=self.lora_scale)
@@ -213,12 +214,18 @@ class WeightGradient:
         for part in slices(vocabulary, GRADIENT_SLICE_ROWS):
             addend = product[: part.stop - part.start]
             torch.mm(dlogits[:, part].T, hidden, out=addend)
-            if self.low is not None:
-                torch.ops.zs_native.accumulate_split_(self.total[part], self.low[part], addend)
-            elif first:
-                self.total[part] = addend
-            else:
-                self.total[part] += addend
+            self.add_slice(part, addend, first=first)
+
+    def add_slice(self, part: slice, product: Tensor, *, first: bool) -> None:
+        """Add a chunk's product for some rows of the vocabulary; first: of the first chunk."""
+        if first:
+            self.empty = False
+            self.total[part] = product
+        elif self.low is not None:
+            addend = product.to(self.like.dtype)
+            torch.ops.zs_native.accumulate_split_(self.total[part], self.low[part], addend)
+        else:
+            self.total[part] += product
 
     def result(self) -> Tensor:
         """[V, H] in the weight's type; ends the sum."""
@@ -258,17 +265,35 @@ class HeadGradients:
     def add(self, dlogits: Tensor, hidden: Tensor, here: slice | Tensor) -> None:
         """Add one chunk: dlogits [M, V] and hidden [M, H] in the head's type; `here`: its rows of all."""
         head = self.head
-        if self.hidden is not None:
-            if isinstance(here, slice):
-                torch.mm(dlogits, head.weight, out=self.hidden[here])
-            else:
-                self.hidden.index_copy_(0, here, dlogits @ head.weight)
-        if self.weight is not None:
-            self.weight.add(dlogits, hidden)
+        if _wide_products.pay(dlogits):
+            self._add_wide(dlogits, hidden, here)
+        else:
+            self._add_products(dlogits, hidden, here)
         if self.bias is not None:
             self.bias += dlogits.sum(dim=0, dtype=self.bias.dtype)
         if head.lora_a is not None and head.lora_b is not None:
             self._add_lora(head.lora_a, head.lora_b, dlogits, hidden, here)
+
+    def _add_products(self, dlogits: Tensor, hidden: Tensor, here: slice | Tensor) -> None:
+        if self.hidden is not None and isinstance(here, slice):
+            torch.mm(dlogits, self.head.weight, out=self.hidden[here])
+        elif self.hidden is not None:
+            self.hidden[here] = dlogits @ self.head.weight
+        if self.weight is not None:
+            self.weight.add(dlogits, hidden)
+
+    def _add_wide(self, dlogits: Tensor, hidden: Tensor, here: slice | Tensor) -> None:
+        grad_hidden = None if self.hidden is None else torch.empty_like(hidden)
+        weight = self.weight
+        _wide_products.multiply_gradient(
+            dlogits,
+            self.head.weight,
+            hidden,
+            grad_hidden=grad_hidden,
+            add_to_weight=None if weight is None else functools.partial(weight.add_slice, first=weight.empty),
+        )
+        if self.hidden is not None and grad_hidden is not None:
+            self.hidden[here] = grad_hidden
 
     def _add_lora(self, lora_a: Tensor, lora_b: Tensor, dlogits: Tensor, hidden: Tensor, here: slice | Tensor) -> None:
         scale = self.head.lora_scale

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from zs_kernels import _linear
+from zs_kernels import _linear, _wide_products
 from zs_kernels._linear import Head, HeadGradients, Wanted
 from zs_kernels._linear_shards import Shards
 from zs_kernels.token_logprobs import Sweep, merge_partials, sweep_gradient, sweep_partials, sweep_statistics
@@ -56,7 +56,12 @@ def forward_statistics(
             dlogits = logits if logits.dtype == hidden.dtype else torch.empty_like(logits, dtype=hidden.dtype)
             ones = torch.ones_like(sweep.logprobs)
             sweep_gradient(logits, targets, ones, None, sweep.logsumexp, None, scale, out=dlogits, **options)
-            torch.mm(dlogits, head.weight, out=unit[here])
+            if _wide_products.pay(dlogits):
+                _wide_products.multiply_gradient(
+                    dlogits, head.weight, states, grad_hidden=unit[here], add_to_weight=None
+                )
+            else:
+                torch.mm(dlogits, head.weight, out=unit[here])
     if shards is not None:
         return merge_partials(shards.gather(torch.cat([*partials, hidden.new_empty(0, 5, dtype=torch.float32)])))
     none = hidden.new_empty(0, dtype=_linear.statistics_dtype(hidden.dtype))

@@ -379,7 +379,7 @@ def linear_logprobs(
     mask: [N] bool; a False row costs nothing, gives 0 and gets gradient 0 even where its hidden state is NaN.
     mask_count: the number of True entries, where the caller knows it: without it a GPU's host waits for the number.
     exact: keep the products' float32 sums into the softmax for bfloat16 or float16 inputs. On CUDA the product gives
-    them; elsewhere the head is copied to float32 by slices of 32 MiB. Gradients of logits are in the inputs' type.
+    them; elsewhere the head is copied to float32 by slices. Gradients of logits are in the inputs' type.
     workspace_bytes: bound of one chunk's logits (and of their gradient where it has another type, so 6 bytes an element
     in exact mode); a chunk has at least one row. Default: 320 MiB on a CPU, 2.5 GiB on a GPU. Where the C++ ops are
     not built, plain torch makes float32 copies of a chunk besides.
