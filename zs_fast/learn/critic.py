@@ -6,23 +6,28 @@ Its value at token n is read from the hidden state that the token is drawn from,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from zs_fast.config import CriticConfig, TrainConfig
-from zs_fast.errors import CheckpointUnusableError
+from zs_fast.errors import CheckpointUnusableError, ConfigError
 from zs_fast.learn.batch import MicroBatch, TrainBatch
 from zs_fast.learn.optimizer import Optimizer, Schedule
 from zs_fast.learn.policy import hidden_states, training_mode
 from zs_fast.models.load import LoadedModel
+from zs_fast.models.lora import TARGETS, adapter_rank, attach_adapter, same_base
 from zs_fast.system.distributed import all_reduce_sums
 from zs_kernels import value_loss
 
 
 class Critic(nn.Module):
-    """A causal language model's trunk, and a value head in float32 that starts at 0 everywhere."""
+    """A causal language model's trunk, and a value head in float32 that starts at 0 everywhere.
+
+    The trunk is the critic's own or, with `on_base`, the policy's base weights with an adapter of the critic's.
+    """
 
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
@@ -31,6 +36,21 @@ class Critic(nn.Module):
         self.value_head = nn.Linear(size, 1, dtype=torch.float32, device=loaded.model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+
+    @classmethod
+    def on_base(cls, policy: LoadedModel, rank: int, *, targets: Sequence[str] = TARGETS, seed: int = 0) -> Critic:
+        """A critic that shares the base of a policy with an adapter, and has its own adapter of `rank`.
+
+        Raises ConfigError where all the policy's weights are trained: they would move under the critic.
+        """
+        if not adapter_rank(policy.model):
+            raise ConfigError(
+                f"critic.lora_rank is {rank}, but model.lora_rank is 0: an adapter needs a base that stays as it is, "
+                "and all the policy's weights are trained. Set model.lora_rank too, or critic.lora_rank = 0."
+            )
+        tree = same_base(policy.model)
+        attach_adapter(tree, rank, targets=targets, seed=seed)
+        return cls(replace(policy, model=tree))
 
     @property
     def model(self) -> nn.Module:
@@ -114,19 +134,31 @@ class CriticUpdater:
         return totals | {"tokens": tokens, "grad_norm": grad_norm}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Weights, and the optimizer's state, by names that begin with `critic.`"""
-        weights = {f"critic.weights.{name}": tensor.detach() for name, tensor in self.critic.state_dict().items()}
+        """Trained weights, and the optimizer's state, by names that begin with `critic.`"""
+        weights = {f"critic.weights.{name}": tensor.detach() for name, tensor in self._trained().items()}
         return weights | {f"critic.{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state_tensors` gave."""
         own = {name.removeprefix("critic."): t for name, t in tensors.items() if name.startswith("critic.")}
         weights = {name.removeprefix("weights."): own.pop(name) for name in list(own) if name.startswith("weights.")}
-        missing = self.critic.state_dict().keys() - weights.keys()
-        if missing:
-            raise CheckpointUnusableError(f"The checkpoint holds no critic weight {min(missing)!r}; use another one.")
-        self.critic.load_state_dict(weights)
+        trained = self._trained()
+        if differing := trained.keys() ^ weights.keys():
+            raise CheckpointUnusableError(
+                f"The checkpoint's critic and this run's differ in a weight {min(differing)!r}; use another checkpoint."
+            )
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                if parameter.shape != weights[name].shape:
+                    raise CheckpointUnusableError(
+                        f"The checkpoint's critic weight {name!r} is {list(weights[name].shape)}, this run's "
+                        f"{list(parameter.shape)}; use another checkpoint."
+                    )
+                parameter.copy_(weights[name])
         self.optimizer.load_state_tensors(own)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.critic.named_parameters() if parameter.requires_grad}
 
 
 def _explained_variance(batch: TrainBatch) -> dict[str, float]:

