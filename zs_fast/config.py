@@ -64,7 +64,8 @@ class SimulatorConfig(Section):
     max_new_tokens: Positive = 600
     """Most tokens the simulator may write per search."""
     share_noise_in_group: bool = False
-    """One noise draw per question and turn instead of one per search (the paper draws per search)."""
+    """One noise draw per question and turn instead of one per search (the paper draws per search). Trajectories of a
+    question that search for the same in the same turn then get the same documents, of a single call."""
     url: str = "http://127.0.0.1:6001/v1"
     """Base address of the OpenAI-compatible server (kind `openai`)."""
     remote_model: str = ""

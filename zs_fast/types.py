@@ -143,6 +143,8 @@ class SearchResult:
     """No documents could be had; the trajectory ends with `StopReason.SEARCH_FAILED`."""
     error: str = ""
     num_generated_tokens: int = 0
+    shared: bool = False
+    """The documents are those of another trajectory's search for the same; no call was made for this one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

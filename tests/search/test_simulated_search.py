@@ -11,6 +11,7 @@ from zs_fast.config import SimulatorConfig
 from zs_fast.errors import EngineError
 from zs_fast.search.codec import ByteCodec
 from zs_fast.search.simulator import SimulatedSearch, clean_query
+from zs_fast.search.statistics import search_statistics
 from zs_fast.types import Completion, FinishReason, Question, Role, Sampling, SearchMode, SearchRequest
 
 CODEC = ByteCodec()
@@ -188,10 +189,10 @@ def test_noise_can_be_shared_in_a_group() -> None:
     assert any(len(group) == 2 for group in modes(False))
 
 
-def test_shared_noise_still_samples_each_trajectory_on_its_own() -> None:
+def test_shared_noise_still_samples_each_query_on_its_own() -> None:
     engine, search = make_search(share_noise_in_group=True)
     for sample in range(8):
-        search.submit(make_request(sample=sample))
+        search.submit(make_request(sample=sample, query=f"query {sample}"))
     assert len({sampling.seed for _, _, sampling, _ in engine.added}) == 8
 
 
@@ -334,3 +335,76 @@ def test_a_long_query_is_cut() -> None:
 
 def test_a_bidirectional_or_invisible_character_is_a_space() -> None:
     assert clean_query("a\u202eb\u200bc\x00d\ufeffe\ud800f", 512) == "a b c d e f"
+
+
+# One call for all who ask the same
+
+
+def ask_in_group(*queries: str, order: list[int] | None = None, **changes: object) -> tuple[RecordingEngine, list]:
+    """The samples' results, in their order, when the engine finishes each call as soon as the next one is added."""
+    engine, search = make_search(share_noise_in_group=True)
+    results = []
+    for sample in order or range(len(queries)):
+        search.submit(make_request(sample=sample, query=queries[sample], **changes))
+        if len(engine.added) % 2 == 0:
+            results += finish_all(engine, search)
+    results += finish_all(engine, search)
+    return engine, sorted(results, key=lambda result: result.request.sample)
+
+
+def finish_all(engine: RecordingEngine, search: SimulatedSearch) -> list:
+    for request_id, prompt, sampling, _ in engine.added:
+        if request_id in search._pending:
+            query = prompt.partition("Query: ")[2].partition("\n")[0]
+            search.deliver(completion(request_id, f"Doc 1: {query} {sampling.seed}"))
+    return search.poll()
+
+
+def test_samples_that_ask_the_same_share_one_call_whether_it_is_under_way_or_done() -> None:
+    engine, results = ask_in_group("emma", "author", "emma", "  emma ", "author", "emma")
+    assert [prompt.partition("Query: ")[2].partition("\n")[0] for _, prompt, _, _ in engine.added] == ["emma", "author"]
+    assert [result.request.sample for result in results] == list(range(6))
+    assert [result.shared for result in results] == [False, False, True, True, True, True]
+    assert len({result.documents for result in results}) == 2
+    assert sum(result.num_generated_tokens > 0 for result in results) == 2
+    assert search_statistics(results)["search/shared_share"] == 4 / 6
+
+
+def test_what_is_shared_does_not_depend_on_who_asked_first() -> None:
+    queries = ["emma", "author", "emma", "author"]
+    _, forwards = ask_in_group(*queries)
+    _, backwards = ask_in_group(*queries, order=[3, 2, 1, 0])
+    assert [result.documents for result in forwards] == [result.documents for result in backwards]
+
+
+@pytest.mark.parametrize("change", [{"turn": 2}, {"step": 4}, {"question": replace(QUESTION, id="nq:8")}])
+def test_another_turn_step_or_question_has_a_call_and_a_seed_of_its_own(change) -> None:
+    engine, search = make_search(share_noise_in_group=True)
+    search.submit(make_request())
+    search.submit(make_request(**change))
+    assert len({sampling.seed for _, _, sampling, _ in engine.added}) == 2
+
+
+def test_a_failed_call_fails_all_who_waited_and_is_made_again_for_the_next() -> None:
+    engine, search = make_search(share_noise_in_group=True)
+    search.submit(make_request(sample=0))
+    search.submit(make_request(sample=1))
+    search.deliver(completion(engine.added[0][0], "", FinishReason.FAILED, error="gone"))
+    assert [(result.failed, result.error) for result in search.poll()] == [(True, "gone")] * 2
+    search.submit(make_request(sample=2))
+    assert len(engine.added) == 2
+
+
+def test_nothing_is_shared_while_each_search_has_its_own_draw() -> None:
+    engine, search = make_search()
+    search.submit(make_request(sample=0))
+    search.submit(make_request(sample=1))
+    assert len({sampling.seed for _, _, sampling, _ in engine.added}) == 2
+
+
+def test_old_steps_replies_are_forgotten() -> None:
+    engine, search = make_search(share_noise_in_group=True)
+    for step in range(1, 6):
+        search.submit(make_request(step=step))
+        finish_all(engine, search)
+    assert sorted(asked.step for asked in search._answered) == [4, 5]

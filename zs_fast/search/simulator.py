@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 from zs_fast.config import SimulatorConfig
 from zs_fast.errors import EngineError
@@ -40,8 +40,29 @@ class SimulatorCodec(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+class _Asked(NamedTuple):
+    """What searches must agree in to share a reply."""
+
+    step: int
+    question_id: str
+    turn: int
+    query: str
+    mode: SearchMode
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """One request to the simulator, and all searches that wait for it."""
+
+    asked: _Asked
+    waiting: list[SearchRequest]
+
+
 class SimulatedSearch:
     """A SearchBackend that asks a language model for documents, useful or noisy by a seeded draw.
+
+    With `simulator.share_noise_in_group`, samples of a question that ask the same in the same turn share one call: its
+    seed is a function of what is asked, so neither their number nor their order shows in the documents.
 
     `SearchResult.error` of a failed search is one of `empty_output`, `refused`, `engine_refused: ...` (the engine would
     not take the prompt) or the engine's own words.
@@ -62,38 +83,56 @@ class SimulatedSearch:
         self._run_seed = run_seed
         self._max_query_characters = max_query_characters
         self._next_request_id = 0
-        self._pending: dict[int, tuple[SearchRequest, SearchMode]] = {}
+        self._pending: dict[int, _Call] = {}
+        self._under_way: dict[_Asked, _Call] = {}
+        """Of `_pending`, those that further searches may join."""
+        self._answered: dict[_Asked, SearchResult] = {}
+        """Replies that further searches may share; of the two newest steps."""
         self._results: list[SearchResult] = []
 
     def submit(self, request: SearchRequest) -> None:
         """Draw the mode, write the prompt from the request's own question, and add it to the engine."""
         mode = self.mode(request)
-        asked = replace(request, query=clean_query(request.query, self._max_query_characters))
-        prompt = simulator_prompt(self._simulator.template, mode, asked, self._simulator.documents)
+        query = clean_query(request.query, self._max_query_characters)
+        asked = _Asked(request.step, request.question.id, request.turn, query, mode)
+        if self._simulator.share_noise_in_group and self._joins(asked, request):
+            return
+        prompt = simulator_prompt(
+            self._simulator.template, mode, replace(request, query=query), self._simulator.documents
+        )
         sampling = Sampling(
             max_new_tokens=self._simulator.max_new_tokens,
             temperature=self._simulator.temperature,
-            seed=self._seed(request, "sample"),
+            seed=self._seed(request, f"sample {query}" if self._simulator.share_noise_in_group else "sample"),
         )
         request_id = self._next_request_id
         self._next_request_id += 1
-        self._pending[request_id] = (request, mode)
         try:
             self._engine.add(request_id, self._codec.encode_prompt(prompt), sampling, role=Role.SIMULATOR)
         except EngineError as error:
-            del self._pending[request_id]
             self._results.append(_failed(request, mode, f"engine_refused: {error}"))
+            return
+        call = self._pending[request_id] = _Call(asked, [request])
+        if self._simulator.share_noise_in_group:
+            self._under_way[asked] = call
 
     def deliver(self, completion: Completion) -> None:
-        """Turn a simulator completion into the result of the search it was added for."""
+        """Turn a simulator completion into the results of the searches it was added for."""
         if completion.role is not Role.SIMULATOR or completion.request_id not in self._pending:
             raise EngineError(
                 f"The simulator got a completion (role {completion.role}, request {completion.request_id}) that it did "
-                f"not ask for; {len(self._pending)} searches are under way. Give each engine's completions to the "
+                f"not ask for; {len(self._pending)} calls are under way. Give each engine's completions to the "
                 "backend that added them."
             )
-        request, mode = self._pending.pop(completion.request_id)
-        self._results.append(self._result(request, mode, completion))
+        call = self._pending.pop(completion.request_id)
+        first, *others = call.waiting
+        result = self._result(first, call.asked.mode, completion)
+        self._results += [result, *(_shared(result, other) for other in others)]
+        if self._simulator.share_noise_in_group:
+            del self._under_way[call.asked]
+            self._answered = {asked: known for asked, known in self._answered.items() if asked.step >= first.step - 1}
+            if not result.failed:
+                self._answered[call.asked] = result
 
     def poll(self) -> list[SearchResult]:
         """The searches finished since the last call, in the order they finished."""
@@ -103,20 +142,29 @@ class SimulatedSearch:
     @property
     def num_pending(self) -> int:
         """Searches that the engine has not finished yet."""
-        return len(self._pending)
+        return sum(len(call.waiting) for call in self._pending.values())
 
     def mode(self, request: SearchRequest) -> SearchMode:
         """NOISY with probability `request.noise_probability`; a pure function of the run seed and the request."""
         draw = uniform(self._seed(request, "noise"))
         return SearchMode.NOISY if draw < request.noise_probability else SearchMode.USEFUL
 
+    def _joins(self, asked: _Asked, request: SearchRequest) -> bool:
+        """Has the same been asked already? Then its reply is this search's too."""
+        if asked in self._answered:
+            self._results.append(_shared(self._answered[asked], request))
+            return True
+        if asked in self._under_way:
+            self._under_way[asked].waiting.append(request)
+            return True
+        return False
+
     def _seed(self, request: SearchRequest, purpose: str) -> int:
-        shared = purpose == "noise" and self._simulator.share_noise_in_group
         return seed_for(
             self._run_seed,
             step=request.step,
             question_id=request.question.id,
-            sample=0 if shared else request.sample,
+            sample=0 if self._simulator.share_noise_in_group else request.sample,
             turn=request.turn,
             role=Role.SIMULATOR,
             purpose=purpose,
@@ -148,6 +196,11 @@ def clean_query(query: str, max_characters: int) -> str:
     """
     one_line = " ".join(_UNPRINTABLE.sub(" ", query).split())
     return _CONTROL_TOKEN.sub(lambda match: match[0] + " ", one_line)[:max_characters].strip()
+
+
+def _shared(result: SearchResult, request: SearchRequest) -> SearchResult:
+    """The same documents for another search; the tokens were written once."""
+    return replace(result, request=request, shared=True, num_generated_tokens=0)
 
 
 def _failed(request: SearchRequest, mode: SearchMode, error: str, num_generated_tokens: int = 0) -> SearchResult:

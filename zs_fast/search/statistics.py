@@ -15,12 +15,15 @@ def search_statistics(results: Sequence[SearchResult]) -> dict[str, float]:
     that occurred `search/<mode>_contains_answer` (share of results with a gold answer in any document) and
     `search/<mode>_malformed_share`.
     `search/noise_rate` is the realised share of noisy draws among all simulated searches, failed ones included.
+    `search/shared_share` is the share of searches that got the reply of another trajectory's call; absent without any.
     A share of nothing has no value, so its key is absent.
     """
     statistics = {"search/count": float(len(results))}
     if not results:
         return statistics
     statistics["search/failed_share"] = _share([result.failed for result in results])
+    if any(result.shared for result in results):
+        statistics["search/shared_share"] = _share([result.shared for result in results])
     simulated = [result.mode is SearchMode.NOISY for result in results if result.mode is not SearchMode.REAL]
     if simulated:
         statistics["search/noise_rate"] = _share(simulated)
