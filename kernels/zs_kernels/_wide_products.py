@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SLICE_ROWS = 4096
+SLICE_ROWS = 1024
 """Vocabulary rows that are copied to float32 at a time."""
 FEW_ROWS = 64
 """With fewer rows of hidden states a product takes no longer than reading the head: copies would only add to that."""
