@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = run(words)
     except ZsError as error:
-        _report(f"zs-fast: {_with_prefix(str(error))}")
+        if _speaks(error):
+            _report(f"zs-fast: {_with_prefix(str(error))}")
         code = error.exit_code
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] in ("zs_fast", "zs_kernels"):
@@ -138,8 +139,12 @@ def _run_with_recipe(command: str, words: list[str]) -> int:
     if not line.recipes:
         raise ConfigError(f"zs-fast {command} needs a recipe: one of {', '.join(recipe_names())}, or a .toml file")
     config = load_recipe(line.recipes, line.overrides)
-    result = RUN_COMMANDS[command].call(config, line.switches)
-    _print_result(result, as_json="json" in line.switches)
+    from zs_fast.system.distributed import is_main, process_group
+
+    with process_group(config.model.device, timeout_s=config.train.rank_timeout_s):
+        result = RUN_COMMANDS[command].call(config, line.switches)
+        if is_main():
+            _print_result(result, as_json="json" in line.switches)
     return 0
 
 
@@ -156,14 +161,16 @@ def _eval(config: RunConfig, switches: set[str]) -> object:
 
 
 def _sft(config: RunConfig, switches: set[str]) -> object:
+    from contextlib import ExitStack
+
     from zs_fast.learn.sft import sft_command
-    from zs_fast.system.lock import check_writable, run_lock
+    from zs_fast.ranks import hold_run_folder
+    from zs_fast.setup import use_device
     from zs_fast.train import output_folder
 
-    output = output_folder(config)
-    check_writable(output)
-    with run_lock(output):
-        return sft_command(config)
+    with ExitStack() as stack:
+        hold_run_folder(output_folder(config), stack)
+        return sft_command(config, use_device(config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +291,12 @@ def _nearest(command: str) -> str:
 
     near = difflib.get_close_matches(command, COMMANDS, n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _speaks(error: ZsError) -> bool:
+    """Of several processes that fail in the same way the first one says so; one that fails alone speaks for itself."""
+    is_everyones = error.is_shared or isinstance(error, ConfigError)
+    return not is_everyones or os.environ.get("RANK", "0") == "0"
 
 
 def _with_prefix(message: str) -> str:

@@ -285,6 +285,8 @@ class TrainConfig(Section):
     """Newest checkpoints kept; 0 keeps all."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a quarter more time."""
+    rank_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+    """Several processes: longest wait for another one, in seconds. A rollout may be done that much sooner elsewhere."""
 
 
 class EvalConfig(Section):

@@ -7,6 +7,8 @@ class ZsError(Exception):
     """Base of every error that zs_fast raises on purpose. `exit_code` is what `zs-fast` exits with."""
 
     exit_code = 1
+    is_shared = False
+    """Every process of the run raises it (system/distributed.together), so that one may speak for all."""
 
 
 class ConfigError(ZsError):

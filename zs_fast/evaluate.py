@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,14 @@ from typing import Any
 
 from zs_fast.config import RunConfig, write_config
 from zs_fast.errors import ConfigError
+from zs_fast.ranks import check_recipe, hold_run_folder, play
 from zs_fast.rollout.play import Player, Progress
 from zs_fast.search.data import QuestionOrder, load_questions
 from zs_fast.setup import build_arena, load_policy, simulator_name, use_device
 from zs_fast.system.console import make_screen
+from zs_fast.system.distributed import is_main, process_group, together
 from zs_fast.system.environment import write_environment
 from zs_fast.system.files import FileOperations, replace_file
-from zs_fast.system.lock import check_writable, run_lock
 from zs_fast.system.metrics import rollout_row
 from zs_fast.types import Question, Trajectory
 
@@ -74,23 +75,26 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
             f"{output} holds a training run, whose config.toml an evaluation would replace. Choose another --output."
         )
     questions = evaluation_questions(config)
-    device = use_device(config)
-    check_writable(output)
-    with run_lock(output), closing(make_screen(0, config.name)) as screen:
-        policy = load_policy(config, device)
-        arena = build_arena(config, policy, device=device, training=False)
+    with process_group(config.model.device, timeout_s=config.train.rank_timeout_s), ExitStack() as stack:
+        check_recipe(config)
+        hold_run_folder(output, stack)
+        screen = stack.enter_context(closing(make_screen(0, config.name))) if is_main() else None
+        with together():
+            device = use_device(config)
+            policy = load_policy(config, device)
+            arena = build_arena(config, policy, device=device, training=False)
+            stack.callback(arena.close)
         results: dict[str, Any] = {}
-        try:
-            for name, player in arena.evaluation_players.items():
-                progress = partial(screen.progress, f"evaluation, {name}")
-                evaluation, trajectories = evaluate(player, questions, step=0, on_progress=progress)
-                screen.note(evaluation.line(name))
-                results[name] = asdict(evaluation)
-                rows = (json.dumps(rollout_row(0, t, arena.codec.decode), allow_nan=False) for t in trajectories)
-                path = output / f"trajectories_{name}.jsonl"
-                replace_file(FileOperations(), path, "".join(f"{row}\n" for row in rows).encode())
-        finally:
-            arena.close()
+        for name, player in arena.evaluation_players.items():
+            progress = partial(screen.progress, f"evaluation, {name}") if screen else None
+            evaluation, trajectories = evaluate(player, questions, step=0, on_progress=progress)
+            results[name] = asdict(evaluation)
+            if screen is None:
+                continue
+            screen.note(evaluation.line(name))
+            rows = (json.dumps(rollout_row(0, t, arena.codec.decode), allow_nan=False) for t in trajectories)
+            path = output / f"trajectories_{name}.jsonl"
+            replace_file(FileOperations(), path, "".join(f"{row}\n" for row in rows).encode())
         summary: dict[str, Any] = {
             "model": config.model.path,
             "data": config.eval.data,
@@ -100,9 +104,10 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
         }
         if "simulator" in config.eval.search:
             summary["simulator"] = simulator_name(config, training=False, policy=policy)
-        replace_file(FileOperations(), output / "evaluation.json", json.dumps(summary, indent=2).encode() + b"\n")
-        write_config(config, output / "config.toml")
-        write_environment(output, device)
+        if is_main():
+            replace_file(FileOperations(), output / "evaluation.json", json.dumps(summary, indent=2).encode() + b"\n")
+            write_config(config, output / "config.toml")
+            write_environment(output, device)
     return summary
 
 
@@ -119,9 +124,8 @@ def evaluate(
     player: Player, questions: Sequence[Question], *, step: int, on_progress: Progress | None = None
 ) -> tuple[Evaluation, list[Trajectory]]:
     """Play every question once with `player` (whose group size is 1) and no noise."""
-    for question in questions:
-        player.submit(question, step=step, noise_probability=0.0)
-    trajectories = [group.trajectories[0] for group in player.collect(len(questions), on_progress=on_progress)]
+    groups = play(player, questions, step=step, noise=0.0, on_progress=on_progress)
+    trajectories = [group.trajectories[0] for group in groups]
     return summarise(trajectories), trajectories
 
 

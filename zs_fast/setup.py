@@ -30,6 +30,7 @@ from zs_fast.search.backends.bm25 import Bm25Search, load_passages
 from zs_fast.search.backends.closed_book import ClosedBook
 from zs_fast.search.codec import ByteCodec, Codec
 from zs_fast.search.simulator import SimulatedSearch
+from zs_fast.system.distributed import local_rank, world_size
 from zs_fast.system.memory import return_freed_memory, wake_kv_cache
 from zs_fast.system.seeds import seed_for
 from zs_fast.types import Role
@@ -56,10 +57,28 @@ class Arena:
 
 
 def use_device(config: RunConfig) -> torch.device:
-    """The device of `model.device`, after setting torch's number of CPU threads."""
+    """The device of `model.device`, after setting torch's number of CPU threads.
+
+    With several processes each has a GPU of its own, counted by torchrun's LOCAL_RANK on every machine.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
-    return resolve_device(config.model.device)
+    device = resolve_device(config.model.device)
+    number = local_rank()
+    if device.type != "cuda" or number is None:
+        return device
+    if device.index is not None:
+        raise PreflightError(
+            f"model.device is {config.model.device!r}, one card, but there are {world_size()} processes. Take 'cuda' "
+            "or 'auto': each process then has a card of its own."
+        )
+    if number >= torch.cuda.device_count():
+        raise PreflightError(
+            f"This is process {number} of its machine (LOCAL_RANK), but there are only {torch.cuda.device_count()} "
+            "GPUs. Start at most as many with torchrun --nproc-per-node, or set model.device = 'cpu'."
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def load_served(path: str, config: RunConfig, device: torch.device) -> LoadedModel:

@@ -20,42 +20,46 @@ from zs_fast.errors import ConfigError, EngineError, SimulatorError
 from zs_fast.evaluate import Evaluation, evaluate, evaluation_questions
 from zs_fast.learn.algorithms import credit, has_signal
 from zs_fast.learn.critic import Critic
-from zs_fast.learn.pack import pack
 from zs_fast.learn.roles import Roles, score
 from zs_fast.learn.update import Updater
 from zs_fast.models.load import DTYPES, LoadedModel, load_model, on_same_base, resolve_path, save_model
 from zs_fast.models.lora import adapter_rank, is_adapter_folder, load_adapter, read_adapter
+from zs_fast.ranks import check_recipe, hold_run_folder, pack_share, play
 from zs_fast.report.page import write_report
 from zs_fast.report.plots import reward_curve
-from zs_fast.rollout.play import Player, Progress
 from zs_fast.search.curriculum import noise_probability
 from zs_fast.search.data import QuestionOrder, load_questions
 from zs_fast.search.statistics import search_statistics
 from zs_fast.setup import build_arena, load_policy, load_served, use_device
 from zs_fast.system.checkpoint import Checkpoint, CheckpointStore, check_same_run
+from zs_fast.system.distributed import check_same_bits, from_main, is_main, largest, process_group, together
 from zs_fast.system.environment import write_environment
 from zs_fast.system.files import FileOperations, replace_file
-from zs_fast.system.lock import check_writable, run_lock
 from zs_fast.system.memory import Memory, Phase
-from zs_fast.system.metrics import RunLog
+from zs_fast.system.metrics import RunLog, SilentLog
 from zs_fast.system.rollout_metrics import rollout_metrics
 from zs_fast.system.seeds import seed_for
 from zs_fast.system.weights import WeightPublisher
-from zs_fast.types import Group, Question, Role
+from zs_fast.types import Group, Role
 
 
 def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     """Run the recipe to its end and return the summary, which also lies in `<output>/summary.json`.
 
     With `resume`, go on from the newest sound checkpoint in the output folder, or start where there is none.
+    Under torchrun the processes share the work (ranks.py); the main one writes.
     """
     output = output_folder(config)
-    check_writable(output)
-    with run_lock(output), ExitStack() as stack:
+    with process_group(config.model.device, timeout_s=config.train.rank_timeout_s), ExitStack() as stack:
+        check_recipe(config)
         store = CheckpointStore(output, config.train.keep_checkpoints)
-        store.clean_up()
-        checkpoint = _checkpoint_to_resume(store, config, resume=resume)
-        run = _Run(config, output, store, checkpoint, stack)
+        hold_run_folder(output, stack, store)
+        with together():
+            found = _checkpoint_to_resume(store, config, resume=resume) if is_main() else None
+        step = from_main(found.step if found else None)
+        with together():
+            checkpoint = found if is_main() or step is None else store.at(step)
+            run = _Run(config, output, store, checkpoint, stack)
         return run.loop()
 
 
@@ -123,20 +127,24 @@ class _Run:
         self.earlier_seconds = 0.0
         if checkpoint:
             self._restore(checkpoint)
-        self.log = stack.enter_context(
-            RunLog(
-                output,
-                config.log,
-                decode=self.arena.codec.decode,
-                total_steps=config.train.steps,
-                name=config.name,
-                config=config.model_dump(mode="json"),
-            )
-        )
+        self.log = stack.enter_context(self._open_log())
         for warning in self.log.truncate(checkpoint.step if checkpoint else -1) + store.warnings:
             self.log.note(warning)
-        write_config(config, output / "config.toml")
-        write_environment(output, device)
+        if is_main():
+            write_config(config, output / "config.toml")
+            write_environment(output, device)
+
+    def _open_log(self) -> RunLog:
+        if not is_main():
+            return SilentLog()
+        return RunLog(
+            self.output,
+            self.config.log,
+            decode=self.arena.codec.decode,
+            total_steps=self.config.train.steps,
+            name=self.config.name,
+            config=self.config.model_dump(mode="json"),
+        )
 
     def loop(self) -> dict[str, Any]:
         config, log = self.config, self.log
@@ -146,7 +154,7 @@ class _Run:
             with self._kept_on_failure(step - 1), self.memory.phase(Phase.ROLLOUT):
                 groups, chosen, batches_played = self._play(step, noise)
             self.batches_played = batches_played
-            packed = pack(chosen, token_budget=config.train.token_budget, mask=config.algorithm.mask_stop_reasons)
+            packed = pack_share(chosen, config)
             with self.memory.phase(Phase.SCORE):
                 scored = score(packed, self.roles, old_logprobs=self.updater.needs_old_logprobs)
             with self.memory.phase(Phase.UPDATE):
@@ -156,13 +164,13 @@ class _Run:
                 self.publisher.publish(step)
             searches = [turn.search for group in groups for t in group.trajectories for turn in t.turns if turn.search]
             metrics = {"curriculum/noise_probability": noise} | rollout_metrics(groups) | search_statistics(searches)
-            timings = self.memory.take()
+            timings = largest(self.memory.take())
             log.step(step, metrics | dict(stats.values), timings | self._rates(groups, timings), groups)
             if self._is_due(config.train.eval_every, step):
                 with self._kept_on_failure(step):
                     self._evaluate(step)
             if self._is_due(config.train.save_every, step):
-                self._save(step)
+                self._save_together(step)
         return self._finish()
 
     def _play(self, step: int, noise: float) -> tuple[list[Group], list[Group], int]:
@@ -195,7 +203,7 @@ class _Run:
                 self._evaluate(0)
         elif self.evaluated_step < step and self._is_due(self.config.train.eval_every, step):
             self._evaluate(step)
-            self._save(step)
+            self._save_together(step)
 
     @contextmanager
     def _kept_on_failure(self, step: int) -> Iterator[None]:
@@ -255,7 +263,15 @@ class _Run:
         self.earlier_seconds = checkpoint.state.get("seconds", 0.0)
         self.publisher.publish(checkpoint.step)
 
+    def _save_together(self, step: int) -> None:
+        """`_save`, once it is sure that all ranks hold the same weights; what goes wrong there stops all of them."""
+        check_same_bits(dict(self.policy.model.named_parameters()), f"the policy after step {step}")
+        with together():
+            self._save(step)
+
     def _save(self, step: int) -> None:
+        if not is_main():
+            return
         self.log.sync()
         self.store.save(
             step,
@@ -328,19 +344,11 @@ class _Run:
             for when, result in results.items():
                 summary[_summary_key(name, when)] = result["f1"]
         summary["evaluations"] = self.evaluations
-        replace_file(FileOperations(), self.output / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
-        reward_curve(self.output / "metrics.jsonl", self.output / "reward.png")
-        write_report(self.output)
+        if is_main():
+            replace_file(FileOperations(), self.output / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
+            reward_curve(self.output / "metrics.jsonl", self.output / "reward.png")
+            write_report(self.output)
         return summary
-
-
-def play(
-    player: Player, questions: Sequence[Question], *, step: int, noise: float, on_progress: Progress | None = None
-) -> list[Group]:
-    """One step's groups, in the order of the questions."""
-    for question in questions:
-        player.submit(question, step=step, noise_probability=noise)
-    return player.collect(len(questions), on_progress=on_progress)
 
 
 def _summary_key(name: str, when: str) -> str:

@@ -6,6 +6,7 @@ Dimensions: N packed tokens, M loss tokens, S sequences (trajectories), G groups
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -157,17 +158,25 @@ class PackedBatch(PackedTokens):
     """[S]"""
     token_budget: int
     """Most tokens in one micro batch"""
+    places: tuple[int, ...]
+    """[G] where each group stands among the step's groups, which several processes share; rising"""
+    num_places: int
+    """Groups in the step"""
 
     @property
     def num_groups(self) -> int:
         return len(self.group_offsets) - 1
 
     def mini_batches(self, number: int) -> Iterator[tuple[int, int]]:
-        """(first, last) sequence of each of `number` parts, none of which splits a group."""
+        """(first, last) sequence of each of `number` parts of the step, none of which splits a group.
+
+        The step's groups are split evenly, not this process's: a part holds the same groups however many share it.
+        """
         for part in range(number):
+            first, last = (bound * self.num_places // number for bound in (part, part + 1))
             yield (
-                self.group_offsets[part * self.num_groups // number],
-                self.group_offsets[(part + 1) * self.num_groups // number],
+                self.group_offsets[bisect_left(self.places, first)],
+                self.group_offsets[bisect_left(self.places, last)],
             )
 
 

@@ -124,13 +124,14 @@ class CriticUpdater:
             )
             torch.autograd.backward(result.loss)
             sums[:3] += torch.stack([result.loss.detach(), result.value_sum, result.clipped])
+        self.optimizer.sum_gradients()
         sums[3] = self.optimizer.clip_gradients()
         loss, value, clipped, grad_norm = sums.tolist()
-        if not tokens or not math.isfinite(loss) or not math.isfinite(grad_norm):
+        totals = all_reduce_sums({"loss": loss, "value": value, "clipped": clipped})
+        if not tokens or not math.isfinite(totals["loss"]) or not math.isfinite(grad_norm):
             self.optimizer.skip()
             return {}
         self.optimizer.step()
-        totals = all_reduce_sums({"loss": loss, "value": value, "clipped": clipped})
         return totals | {"tokens": tokens, "grad_norm": grad_norm}
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -162,11 +163,19 @@ class CriticUpdater:
 
 
 def _explained_variance(batch: TrainBatch) -> dict[str, float]:
-    """Share of the returns' variance that the values of the rollout had foreseen: 1 all, 0 none."""
+    """Share of the returns' variance, over all ranks, that the values of the rollout had foreseen: 1 all, 0 none."""
     packed = batch.scored.packed
     assert batch.returns is not None and batch.scored.old_values is not None
     returns = batch.returns[packed.loss_index].double()
     errors = returns - batch.scored.old_values[packed.loss_index].double()
-    if returns.numel() < 2 or not float(returns.var()):
+    totals = all_reduce_sums({"count": len(returns), "returns": float(returns.sum()), "errors": float(errors.sum())})
+    means = {name: totals[name] / max(totals["count"], 1.0) for name in ("returns", "errors")}
+    squares = all_reduce_sums(
+        {
+            "returns": float((returns - means["returns"]).square().sum()),
+            "errors": float((errors - means["errors"]).square().sum()),
+        }
+    )
+    if totals["count"] < 2 or not squares["returns"]:
         return {}
-    return {"critic/explained_variance": 1.0 - float(errors.var() / returns.var())}
+    return {"critic/explained_variance": 1.0 - squares["errors"] / squares["returns"]}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zs_fast.errors import CheckpointUnusableError
+from zs_fast.system.distributed import sum_tensors, world_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +77,19 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
+
+    def sum_gradients(self) -> None:
+        """Add up the gradients of all ranks; every rank then holds the same bits. No host sync.
+
+        One sum of float32 buffers at the end of a mini batch, not a wrapper that hooks into each backward pass (DDP):
+        the loss is divided by counts over all ranks already, and a rank may have any number of micro batches, or none.
+        """
+        if world_size() == 1:
+            return
+        for master in self._masters.values():
+            if master.grad is None:  # no loss token here
+                master.grad = torch.zeros_like(master)
+        sum_tensors([master.grad for master in self._masters.values() if master.grad is not None])
 
     def clip_gradients(self) -> Tensor:
         """Scale the gradients down to max_grad_norm; their L2 norm before that, a float32 scalar. No host sync."""

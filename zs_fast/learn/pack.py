@@ -83,12 +83,20 @@ def _sampler_logprobs(trajectory: Trajectory) -> list[float]:
     return values
 
 
-def pack(groups: Sequence[Group], *, token_budget: int, mask: Collection[StopReason | str] = ()) -> PackedBatch:
-    """One step's groups as a packed batch on the CPU, in their order.
+def pack(
+    groups: Sequence[Group],
+    *,
+    token_budget: int,
+    mask: Collection[StopReason | str] = (),
+    places: Sequence[int] | None = None,
+    num_places: int | None = None,
+) -> PackedBatch:
+    """One step's groups, or this process's share of them, as a packed batch on the CPU, in their order.
 
     token_budget: most tokens in one micro batch; a longer trajectory is a micro batch of its own.
     mask: trajectories that ended so are not trainable (`algorithm.mask_stop_reasons`); neither are those whose
     `trainable` is False.
+    places, num_places: where each group stands among how many of the step; by default these groups are all.
     """
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     trainable = [t.trainable and t.stop_reason not in mask for t in trajectories]
@@ -112,6 +120,8 @@ def pack(groups: Sequence[Group], *, token_budget: int, mask: Collection[StopRea
         group_offsets=tuple(group_offsets),
         stop_reasons=tuple(t.stop_reason for t in trajectories),
         token_budget=token_budget,
+        places=tuple(range(len(groups)) if places is None else places),
+        num_places=len(groups) if num_places is None else num_places,
     )
 
 

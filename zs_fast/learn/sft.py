@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +22,8 @@ from zs_fast.learn.optimizer import Optimizer, Schedule
 from zs_fast.learn.pack import TokenSequence, pack_tokens
 from zs_fast.learn.policy import logprobs_at_loss_tokens
 from zs_fast.learn.sft_data import SftExample, encode_conversation, read_conversations
-from zs_fast.models.load import DTYPES, LoadedModel, load_model, resolve_device, save_model
+from zs_fast.models.load import DTYPES, LoadedModel, load_model, save_model
+from zs_fast.system.distributed import all_reduce_sums, is_main, rank, world_size
 from zs_fast.system.seeds import seed_for
 
 
@@ -83,17 +85,24 @@ def train_sft(
 def sft_step(
     model: LoadedModel, optimizer: Optimizer, batch: Sequence[SftExample], *, step: int, token_budget: int
 ) -> SftStep:
-    """One optimizer step on `batch`, in micro batches of at most `token_budget` tokens; one host sync."""
-    packed = pack_tokens(TokenSequence(ids=example.input_ids, is_loss=example.loss_mask) for example in batch)
+    """One optimizer step on `batch`, in micro batches of at most `token_budget` tokens; one host sync.
+
+    Each rank takes every world_size-th example; the loss is the mean over the loss tokens of all.
+    """
+    own = batch[rank() :: world_size()]
+    packed = pack_tokens(TokenSequence(ids=example.input_ids, is_loss=example.loss_mask) for example in own)
     packed = packed.to(model.model.device)
+    counts = all_reduce_sums({"tokens": packed.num_tokens, "loss_tokens": packed.num_loss_tokens})
     learning_rate = optimizer.learning_rate
     total = torch.zeros((), device=model.model.device)
     for micro in packed.micro_batches(token_budget):
         logprobs = logprobs_at_loss_tokens(model.model, micro, temperature=1.0).logprobs
-        loss = -logprobs.sum() / packed.num_loss_tokens
+        loss = -logprobs.sum() / counts["loss_tokens"]
         torch.autograd.backward(loss)
         total += loss.detach()
-    loss_value, grad_norm = torch.stack([total, optimizer.clip_gradients().to(total.device)]).tolist()
+    optimizer.sum_gradients()
+    loss_here, grad_norm = torch.stack([total, optimizer.clip_gradients().to(total.device)]).tolist()
+    loss_value = all_reduce_sums({"loss": loss_here})["loss"]
     skipped = not (math.isfinite(loss_value) and math.isfinite(grad_norm))
     if skipped:
         optimizer.skip()
@@ -104,8 +113,8 @@ def sft_step(
         loss=loss_value,
         learning_rate=learning_rate,
         grad_norm=grad_norm,
-        num_tokens=packed.num_tokens,
-        num_loss_tokens=packed.num_loss_tokens,
+        num_tokens=int(counts["tokens"]),
+        num_loss_tokens=int(counts["loss_tokens"]),
         skipped=skipped,
     )
 
@@ -141,10 +150,11 @@ def _order(count: int, seed: int) -> Iterator[int]:
         epoch += 1
 
 
-def sft_command(config: RunConfig) -> dict[str, Any]:
+def sft_command(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """`zs-fast sft`: fine-tune `model.path` on the examples in `data`; what it did, ready for JSON.
 
-    Writes `<output>/model` (a Hugging Face folder) and `<output>/metrics.jsonl`, and prints a line every so often.
+    Writes `<output>/model` (a Hugging Face folder) and `<output>/metrics.jsonl`, and prints a line every so often; of
+    several processes, the main one does.
     """
     output = config.output if config.output is not None else Path("runs") / config.name
     folder = output / "model"
@@ -152,32 +162,32 @@ def sft_command(config: RunConfig) -> dict[str, Any]:
         raise ConfigError(f"{folder} exists already. Choose another --output, or remove the folder.")
     if config.data.startswith("quickstart:"):
         raise DataError(f"data is {config.data!r}, which holds questions, not examples. Give --data FILE.jsonl.")
-    if config.threads:
-        torch.set_num_threads(config.threads)
     conversations = read_conversations(config.data)
-    model = load_model(config.model.path, dtype=DTYPES[config.model.dtype], device=resolve_device(config.model.device))
+    model = load_model(config.model.path, dtype=DTYPES[config.model.dtype], device=device)
     examples = [
         encode_conversation(conversation, model.tokenizer, chat_template=config.model.chat_template)
         for conversation in conversations
     ]
     skipped = sum(len(example.input_ids) > config.sft.max_tokens for example in examples) if config.sft.skip_long else 0
-    if skipped:
+    if skipped and is_main():
         print(f"left out {skipped} of {len(examples)} examples longer than sft.max_tokens = {config.sft.max_tokens}")
     output.mkdir(parents=True, exist_ok=True)
     every = max(1, config.sft.steps // 20)
-    with (output / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
+    path = output / "metrics.jsonl" if is_main() else Path(os.devnull)
+    with path.open("w", encoding="utf-8") as metrics:
 
         def on_step(step: SftStep) -> None:
             numbers = {name: value if math.isfinite(value) else None for name, value in asdict(step).items()}
             metrics.write(json.dumps(numbers) + "\n")
-            if step.step % every == 0 or step.step in (1, config.sft.steps):
+            if is_main() and (step.step % every == 0 or step.step in (1, config.sft.steps)):
                 print(f"step {step.step}/{config.sft.steps}  loss {step.loss:.4f}", flush=True)
 
         try:
             losses = train_sft(model, examples, config.sft, seed=config.seed, on_step=on_step)
         except DataError as error:
             raise DataError(f"{config.data}: {error}") from error
-    save_model(model, folder)
+    if is_main():
+        save_model(model, folder)
     return {
         "model": str(folder),
         "examples": len(examples) - skipped,

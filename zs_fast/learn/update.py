@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from zs_fast.config import AlgorithmConfig, CriticConfig, TrainConfig
-from zs_fast.errors import CheckpointUnusableError, ConfigError, EngineError, PreflightError
+from zs_fast.errors import CheckpointUnusableError, ConfigError, EngineError
 from zs_fast.learn.batch import TrainBatch
 from zs_fast.learn.critic import CriticUpdater
 from zs_fast.learn.losses import MiniBatchSize, micro_batch_loss
 from zs_fast.learn.optimizer import Optimizer, Schedule
 from zs_fast.learn.policy import training_mode
 from zs_fast.learn.roles import Roles
-from zs_fast.system.distributed import all_reduce_sums, world_size
+from zs_fast.system.distributed import all_reduce_sums, gather
 from zs_fast.types import Role, StepStats
 
 
@@ -67,10 +67,6 @@ class Updater:
                 f"algorithm.kl_coefficient is {algorithm.kl_coefficient}, which needs a reference model, but none was "
                 "given. Pass one, or set algorithm.kl_coefficient = 0."
             )
-        if world_size() > 1:
-            raise PreflightError(
-                f"{world_size()} processes were started, but the update adds no gradients over processes. Start one."
-            )
         self.roles, self.train, self.algorithm, self.longest = roles, train, algorithm, longest
         self.kl_coefficient = algorithm.kl_coefficient
         """Weight of the KL term in the coming step; steered where algorithm.kl_target is given."""
@@ -94,7 +90,11 @@ class Updater:
             self.critic = CriticUpdater(roles.critic, critic or CriticConfig(), train, total_steps=total_steps)
 
     def update(self, batch: TrainBatch) -> StepStats:
-        """Take the batch's optimizer steps. One host sync per optimizer step."""
+        """Take the batch's optimizer steps. One host sync per optimizer step.
+
+        Each rank passes its own share of the step. Loss denominators, gradients and numbers are sums over all ranks,
+        so that every rank takes the same step with the same bits.
+        """
         batch = self._with_old_logprobs(batch)
         packed = batch.scored.packed
         totals = _Totals()
@@ -191,14 +191,15 @@ class Updater:
             torch.autograd.backward(loss)
             for name, value in (sums | {"loss": loss.detach()}).items():
                 device_sums[name] = device_sums[name] + value if name in device_sums else value
+        self.optimizer.sum_gradients()
         grad_norm = self.optimizer.clip_gradients()
         names = sorted(device_sums)
         numbers = torch.stack([*(device_sums[name] for name in names), grad_norm.to(self.roles.device)]).tolist()
-        sums_here, norm = dict(zip(names, numbers[:-1], strict=True)), numbers[-1]
-        loss_is_finite, norm_is_finite = math.isfinite(sums_here["loss"]), math.isfinite(norm)
+        sums, norm = all_reduce_sums(dict(zip(names, numbers[:-1], strict=True))), numbers[-1]
+        loss_is_finite, norm_is_finite = math.isfinite(sums["loss"]), math.isfinite(norm)
         if loss_is_finite and norm_is_finite:
             self.optimizer.step()
-            totals.add(all_reduce_sums(sums_here), size.loss_tokens, norm)
+            totals.add(sums, size.loss_tokens, norm)
         else:
             self.optimizer.skip()
             totals.nonfinite_losses += not loss_is_finite
@@ -206,17 +207,25 @@ class Updater:
 
     def _values(self, batch: TrainBatch, totals: _Totals, learning_rate: float) -> dict[str, float]:
         packed = batch.scored.packed
+        counts = all_reduce_sums(
+            {
+                "tokens": packed.num_tokens,
+                "loss_tokens": packed.num_loss_tokens,
+                "groups": packed.num_groups,
+                "dead_groups": int(batch.dead_groups.sum()),
+            }
+        )
         values = {
             "learning_rate": learning_rate,
-            "dead_group_share": float(batch.dead_groups.double().mean()) if packed.num_groups else 0.0,
-            "tokens": float(packed.num_tokens),
-            "loss_tokens": float(packed.num_loss_tokens),
+            "dead_group_share": counts["dead_groups"] / max(counts["groups"], 1.0),
+            "tokens": counts["tokens"],
+            "loss_tokens": counts["loss_tokens"],
             "update/optimizer_steps": float(len(totals.grad_norms)),
             "update/nonfinite_losses": float(totals.nonfinite_losses),
             "update/nonfinite_grad_norms": float(totals.nonfinite_grad_norms),
             "update/empty_steps": float(totals.empty_steps),
         }
-        values |= _advantage_statistics(batch.sequence_advantages[packed.trainable].double())
+        values |= _advantage_statistics(batch.sequence_advantages[packed.trainable])
         if not totals.grad_norms:  # nothing was learnt: means over no tokens are left out, not made up
             return values
         values |= {
@@ -245,7 +254,9 @@ class Updater:
 
 
 def _advantage_statistics(advantages: Tensor) -> dict[str, float]:
-    """Over the step's trainable trajectories; 0 where there are none."""
+    """Over the trainable trajectories of all ranks; 0 where there are none. advantages: [S'] of this rank's."""
+    everyone = [value for values in gather(advantages.tolist()) for value in values]
+    advantages = torch.tensor(everyone, dtype=torch.float64)
     if advantages.numel() == 0:
         return {"advantages/mean": 0.0, "advantages/std": 0.0, "advantages/max_abs": 0.0}
     return {

@@ -150,12 +150,14 @@ class Player:
             self._group_of[id(playing)] = group
             self._advance(playing)
 
-    def collect(self, num_groups: int, *, on_progress: Progress | None = None) -> list[Group]:
+    def collect(
+        self, num_groups: int, *, on_progress: Progress | None = None, may_all_fail: bool = False
+    ) -> list[Group]:
         """Play until the first `num_groups` submitted groups are finished; return those, in order of submission.
 
-        Later groups advance meanwhile and stay for the next call. Raises SimulatorError when more than
-        `max_failed_share` of the returned groups' searches failed; while that share is above 0, a single failed
-        search never stops a run. Raises EngineError when nothing is under way for an unfinished trajectory.
+        Later groups advance meanwhile and stay for the next call. Raises EngineError when nothing is under way for an
+        unfinished trajectory, and what `check_failures` raises unless `may_all_fail`: where these groups are a part of
+        a step, the share of failed searches counts over the whole.
         """
         if num_groups > len(self._groups):
             raise EngineError(f"collect({num_groups}) of {len(self._groups)} submitted groups: submit more questions.")
@@ -179,7 +181,8 @@ class Player:
                 time.sleep(IDLE_SLEEP_S)
         finished, self._groups = self._groups[:num_groups], self._groups[num_groups:]
         groups = [_finished(group) for group in finished]
-        self._check_failures(groups)
+        if not may_all_fail:
+            self.check_failures(groups)
         return groups
 
     @property
@@ -295,7 +298,9 @@ class Player:
                 "works on them. The search backend lost them, or has no timeout of its own."
             )
 
-    def _check_failures(self, groups: Sequence[Group]) -> None:
+    def check_failures(self, groups: Sequence[Group]) -> None:
+        """Raise SimulatorError when more than `max_failed_share` of the groups' searches failed; while that share is
+        above 0, a single failed search never stops a run."""
         results = [turn.search for group in groups for t in group.trajectories for turn in t.turns if turn.search]
         failed = [result for result in results if result.failed]
         allowed = int(self._max_failed_share * len(results))

@@ -48,6 +48,7 @@ PICKLED_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth",
 
 MAY_DIFFER = frozenset(
     {"name", "output", "train.steps", "train.save_every", "train.keep_checkpoints", "train.eval_every"}
+    | {"train.rank_timeout_s"}
     | {"log.*", "eval.*"}
 )
 """Config keys that may change between a run and its resume, because no training number depends on them."""
@@ -154,6 +155,11 @@ class CheckpointStore:
             + "\n  ".join(self.warnings)
             + "\nRestore one from a copy, or start a new run with another --output."
         )
+
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of `step`, which another process has just found sound. CheckpointUnusableError if it can't be
+        read here."""
+        return _load(dict(self._candidates()).get(step, self._path(step)), step)
 
     def clean_up(self) -> None:
         """Remove what an interrupted save left. Only the process that holds the run's lock may call it.

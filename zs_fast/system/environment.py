@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import zs_fast
+from zs_fast.system.distributed import world_size
 from zs_fast.system.files import FileOperations, replace_file
 
 PACKAGES = (
@@ -46,6 +47,7 @@ def environment(device: torch.device | str) -> dict[str, object]:
         "torch_interop_threads": torch.get_num_interop_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "device": str(device),
+        "processes": world_size(),
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "gpu_bytes": torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,

@@ -137,6 +137,34 @@ class RunLog:
             sink.write(step, metrics, timings)
 
 
+class SilentLog(RunLog):
+    """The log of a process that writes nothing, because another one writes for all."""
+
+    def __init__(self) -> None:
+        pass
+
+    def step(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+    def record(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+    def note(self, message: str) -> None:
+        pass
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        pass
+
+    def truncate(self, step: int) -> list[str]:
+        return []
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def choose_rollouts(groups: Sequence[Group], count: int) -> list[Trajectory]:
     """The first `count` trajectories, taking one of each question before a second of any."""
     most = max((len(group.trajectories) for group in groups), default=0)

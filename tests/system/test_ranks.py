@@ -1,0 +1,233 @@
+"""Several processes in one run: they play what one plays, write its files once, and fail as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from zs_fast import ranks
+from zs_fast.config import RunConfig
+from zs_fast.errors import EngineError, PreflightError, SimulatorError
+from zs_fast.recipe_files import load_recipe
+from zs_fast.system import distributed
+from zs_fast.system.exchange import groups_from_json, groups_to_json
+from zs_fast.train import train
+from zs_fast.types import (
+    Answer,
+    Completion,
+    FinishReason,
+    Group,
+    Invalid,
+    Question,
+    Role,
+    Scores,
+    Search,
+    SearchMode,
+    SearchRequest,
+    SearchResult,
+    StopReason,
+    Trajectory,
+    Turn,
+)
+
+SMALL = {
+    "train.steps": "2",
+    "train.questions_per_step": "3",
+    "train.group_size": "2",
+    "train.save_every": "1",
+    "train.mini_batches": "2",
+    "eval.questions": "3",
+    "eval.at_start": "false",
+    "eval.search": "bm25",
+    "log.rollouts_per_step": "6",
+}
+
+
+def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def torchrun(output: Path, *words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    flags = [word for key, value in SMALL.items() for word in (f"--{key}", value)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["-m", "zs_fast.cli", "train", "quickstart", "--output", str(output), *flags, *words]
+    root = Path(ranks.__file__).resolve().parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment, cwd=root)
+
+
+def a_small_run(output: Path) -> RunConfig:
+    return load_recipe(["quickstart"], {key: [value] for key, value in SMALL.items()} | {"output": [str(output)]})
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    output = tmp_path_factory.mktemp("runs") / "one"
+    train(a_small_run(output))
+    return output
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run by two."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("torch without gloo")
+    output = tmp_path_factory.mktemp("runs") / "two"
+    done = torchrun(output)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 1/2") == done.stdout.count("f1_bm25_after") == 1, done.stdout
+    return output
+
+
+def test_two_processes_play_the_same_and_learn_the_same(one: Path, two: Path) -> None:
+    """Two questions here and one there; the first step's play is equal to the byte, all numbers are to rounding."""
+    played = {run: [row for row in rows(run, "rollouts.jsonl") if row["step"] == 1] for run in (one, two)}
+    assert played[one] == played[two] and len(played[one]) == 6
+    assert len(rows(one)) == len(rows(two)) == 3
+    for ours, theirs in zip(rows(one), rows(two), strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
+    assert json.loads((two / "env.json").read_text())["processes"] == 2
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (one, two)]
+    assert summaries[0]["evaluations"] == summaries[1]["evaluations"]
+
+
+def test_one_process_goes_on_from_what_two_have_saved(one: Path, two: Path, tmp_path: Path) -> None:
+    shutil.copytree(two, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_2")
+    train(a_small_run(tmp_path / "run"), resume=True)
+    assert rows(tmp_path / "run")[:1] == rows(two)[:1]
+    for ours, theirs in zip(rows(one), rows(tmp_path / "run"), strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.full
+def test_two_processes_go_on_to_the_same_bytes(two: Path, tmp_path: Path) -> None:
+    shutil.copytree(two, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_2")
+    done = torchrun(tmp_path / "run", "--resume")
+    assert done.returncode == 0, done.stderr
+    for name in ("metrics.jsonl", "rollouts.jsonl", "checkpoints/step_2/model/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (two / name).read_bytes(), name
+
+
+@pytest.mark.full
+def test_what_stops_one_rank_is_said_once(two: Path) -> None:
+    """The folder holds a run, which only the main process looks for."""
+    done = torchrun(two)
+    assert done.returncode != 0
+    assert done.stderr.count("already holds a run") == 1
+    assert "Traceback" not in done.stderr.partition("torch.distributed.elastic")[0]
+
+
+def _work(rank: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    _speak_as_one(rank)
+    _tell_and_sum(rank)
+    distributed.barrier()
+    if rank == 1:
+        os._exit(9)
+    with pytest.raises(EngineError, match=r"Rank 0 of 2 lost contact.*--resume"):
+        distributed.gather("anyone?")
+    os._exit(0)
+
+
+def _speak_as_one(rank: int) -> None:
+    with pytest.raises(SimulatorError, match=r"the server is gone$") as caught, distributed.together():
+        if rank == 1:
+            raise SimulatorError("the server is gone")
+    assert caught.value.is_shared
+    assert str(caught.value).startswith("rank 1: ") == (rank == 0)
+    with distributed.together():
+        pass
+
+
+def _tell_and_sum(rank: int) -> None:
+    assert distributed.from_main({"a": [rank, float("inf")]}) == {"a": [0, float("inf")]}
+    assert distributed.largest({"a": rank, "b" if rank else "c": 5.0}) == {"a": 1, "c": 5.0, "b": 5.0}
+    tensors = [torch.full((2, 3), rank + 1.0), torch.arange(4.0).view(2, 2).T, torch.ones(3, dtype=torch.float64)]
+    distributed.sum_tensors(tensors)
+    assert [t.flatten().tolist() for t in tensors] == [[3.0] * 6, [0.0, 4.0, 2.0, 6.0], [2.0] * 3]
+    distributed.check_same_bits({"a": torch.ones(3)}, "weights")
+    with pytest.raises(EngineError, match=r"weights: b has other bits on rank 1 than on rank 0 \(1 of 2"):
+        distributed.check_same_bits({"a": torch.ones(3), "b": torch.tensor(float(rank)).bfloat16()}, "weights")
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+def test_ranks_fail_as_one_and_notice_one_that_died(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_work, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 9]
+
+
+def test_a_launcher_that_says_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    expected = pytest.raises(PreflightError, match=r"WORLD_SIZE is 2.*RANK is not set.*torchrun")
+    with expected, distributed.process_group("cpu", timeout_s=1.0):
+        pass
+
+
+def test_several_processes_take_the_engine_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_recipe(["quickstart"], {"engine.kind": ["vllm"]})
+    ranks.check_recipe(config)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    with pytest.raises(PreflightError, match=r"engine\.kind = 'vllm'.*torchrun started 2"):
+        ranks.check_recipe(config)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("mini_batches", [1, 3])
+def test_shares_are_as_even_as_whole_groups_allow(num_ranks: int, mini_batches: int) -> None:
+    weights = [(7919 * place) % 101 + 1 for place in range(24)]
+    owners = ranks.balanced(weights, mini_batches, num_ranks)
+    for part in range(mini_batches):
+        places = range(part * 24 // mini_batches, (part + 1) * 24 // mini_batches)
+        loads = [sum(weights[p] for p in places if owners[p] == number) for number in range(num_ranks)]
+        assert max(loads) - min(loads) <= max(weights[p] for p in places)
+
+
+def test_groups_come_back_from_json_equal() -> None:
+    question = Question(id="s:1", text="wer\ud800?", answers=("a", "ä"), source="s")
+    request = SearchRequest(step=1, question=question, sample=0, turn=0, query="q", noise_probability=0.1)
+    result = SearchResult(request=request, documents=("d", "e\n"), mode=SearchMode.NOISY, error="x")
+    completion = Completion(
+        request_id=3,
+        role=Role.POLICY,
+        token_ids=(1, 2),
+        logprobs=(-0.1, -1 / 3),
+        finish_reason=FinishReason.LENGTH,
+        policy_version=2,
+    )
+    turns = [
+        Turn(completion=completion, action=Search("q"), observation="o", observation_ids=(4,), search=result),
+        Turn(completion=completion, action=Answer("text")),
+        Turn(completion=completion, action=Invalid("no_action")),
+    ]
+    trajectory = Trajectory(
+        question=question,
+        sample=1,
+        prompt_ids=(9, 8),
+        turns=tuple(turns),
+        stop_reason=StopReason.SEARCH_FAILED,
+        scores=Scores(f1=0.1, exact_match=0.0, cover_match=1.0),
+        reward=float("-inf"),
+        trainable=False,
+    )
+    groups = [Group(question=question, trajectories=(trajectory,)), Group(question=question, trajectories=())]
+    travelled = json.loads(json.dumps(groups_to_json(groups)))
+    assert groups_from_json(travelled) == groups
+    assert isinstance(groups_from_json(travelled)[0].trajectories[0].turns[0].search.mode, SearchMode)  # type: ignore[union-attr]

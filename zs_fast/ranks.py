@@ -1,0 +1,116 @@
+"""How the processes of a run share its work. With one process every function here does the plain thing.
+
+Each rank plays its share of the questions with its own engine, then shows all others what it played: from there every
+rank knows the whole step, so metrics, the choice of groups and the files are those of a single process. Draws are a
+function of (run seed, step, question, ...), never of the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from zs_fast.config import RunConfig
+from zs_fast.errors import PreflightError
+from zs_fast.learn.batch import PackedBatch
+from zs_fast.learn.pack import pack
+from zs_fast.rollout.play import Player, Progress
+from zs_fast.system.checkpoint import CheckpointStore
+from zs_fast.system.distributed import gather, is_main, rank, together, world_size
+from zs_fast.system.exchange import groups_from_json, groups_to_json
+from zs_fast.system.lock import check_writable, run_lock
+from zs_fast.types import Group, Question
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """What one rank trains on."""
+
+    groups: list[Group]
+    places: list[int]
+    """Where each stands among the step's groups; rising"""
+
+
+def check_recipe(config: RunConfig) -> None:
+    """Raise PreflightError for what several processes can't do."""
+    if world_size() > 1 and config.engine.kind == "vllm":
+        raise PreflightError(
+            f"engine.kind = 'vllm' runs in one process, but torchrun started {world_size()}. Take "
+            "engine.kind = 'transformers', or start one process."
+        )
+
+
+def hold_run_folder(output: Path, stack: ExitStack, store: CheckpointStore | None = None) -> None:
+    """Lock the run folder on the main process, the only one that writes there, until `stack` closes."""
+    with together():
+        if is_main():
+            check_writable(output)
+            stack.enter_context(run_lock(output))
+            if store is not None:
+                store.clean_up()
+
+
+def play(
+    player: Player, questions: Sequence[Question], *, step: int, noise: float, on_progress: Progress | None = None
+) -> list[Group]:
+    """The groups of all questions, in their order; each rank plays every world_size-th question.
+
+    Raises what playing raises on any rank, on all of them.
+    """
+    own: list[Group] = []
+    with together():
+        for question in questions[rank() :: world_size()]:
+            player.submit(question, step=step, noise_probability=noise)
+        own = player.collect(
+            len(questions[rank() :: world_size()]), on_progress=on_progress, may_all_fail=world_size() > 1
+        )
+    if world_size() == 1:
+        return own
+    shares = [groups_from_json(share) for share in gather(groups_to_json(own))]
+    groups = [shares[number % world_size()][number // world_size()] for number in range(len(questions))]
+    with together():
+        player.check_failures(groups)
+    return groups
+
+
+def pack_share(groups: Sequence[Group], config: RunConfig) -> PackedBatch:
+    """This rank's share of the step's groups, packed on the CPU."""
+    own = own_share(groups, config.train.mini_batches)
+    return pack(
+        own.groups,
+        token_budget=config.train.token_budget,
+        mask=config.algorithm.mask_stop_reasons,
+        places=own.places,
+        num_places=len(groups),
+    )
+
+
+def own_share(groups: Sequence[Group], mini_batches: int) -> Share:
+    """The groups this rank trains on: whole ones, about as many tokens of each mini batch as every other rank."""
+    if world_size() == 1:
+        return Share(groups=list(groups), places=list(range(len(groups))))
+    owners = balanced([_weight(group) for group in groups], mini_batches, world_size())
+    places = [place for place, owner in enumerate(owners) if owner == rank()]
+    return Share(groups=[groups[place] for place in places], places=places)
+
+
+def balanced(weights: Sequence[int], mini_batches: int, num_ranks: int) -> list[int]:
+    """Which rank each group goes to: in every mini batch the heaviest first, each to the rank with the least so far."""
+    owners = [0] * len(weights)
+    total = [0] * num_ranks
+    for part in range(mini_batches):
+        first, last = (bound * len(weights) // mini_batches for bound in (part, part + 1))
+        load = [0] * num_ranks
+        for place in sorted(range(first, last), key=lambda place: (-weights[place], place)):
+            owner = min(range(num_ranks), key=lambda number: (load[number], total[number], number))
+            owners[place] = owner
+            load[owner] += weights[place]
+            total[owner] += weights[place]
+    return owners
+
+
+def _weight(group: Group) -> int:
+    """Tokens that the update works on; a group with none still has a place to go to."""
+    return 1 + sum(trajectory.num_tokens for trajectory in group.trajectories if trajectory.trainable)
