@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ RECIPE is a name ({recipes}) or a path to a .toml file; several merge left to ri
 Common: --output DIR, --data FILE, --seed N, --resume, --json (the last stdout line is one JSON document).
 """
 SUBJECTS = ("ops",)
+SPEAKING_TIME_S = 60.0
+"""Longest time that the process which reports an error gets to close its files and do so."""
 MISSING_EXTRA = "zs-fast {command} needs the package {package}, which is not installed: pip install 'zs-fast[train]'"
 
 
@@ -47,13 +50,15 @@ class CommandLine:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script. Always ends in SystemExit."""
+    """The console script. Ends in SystemExit, or, for one of several processes that failed, at once."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = run(words)
     except ZsError as error:
         if _speaks(error):
             _report(f"zs-fast: {_with_prefix(str(error))}")
+        else:  # torchrun ends the others when the first one leaves, and that one has something to say
+            time.sleep(SPEAKING_TIME_S)
         code = error.exit_code
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] in ("zs_fast", "zs_kernels"):
@@ -67,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    if code and _is_one_of_several():  # a group's destructor may wait for ranks, which torchrun ends once this is gone
+        sys.stdout.flush()
+        os._exit(code)
     raise SystemExit(code)
 
 
@@ -296,7 +304,12 @@ def _nearest(command: str) -> str:
 def _speaks(error: ZsError) -> bool:
     """Of several processes that fail in the same way the first one says so; one that fails alone speaks for itself."""
     is_everyones = error.is_shared or isinstance(error, ConfigError)
-    return not is_everyones or os.environ.get("RANK", "0") == "0"
+    return not (is_everyones and _is_one_of_several()) or os.environ.get("RANK", "0") == "0"
+
+
+def _is_one_of_several() -> bool:
+    """Did torchrun start this process beside others?"""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
 def _with_prefix(message: str) -> str:

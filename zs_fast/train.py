@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -207,12 +207,16 @@ class _Run:
 
     @contextmanager
     def _kept_on_failure(self, step: int) -> Iterator[None]:
-        """Save the `step` finished steps when the engine or the simulator fails in the block, or a person stops it."""
+        """Save the `step` finished steps when the engine or the simulator fails in the block, or a person stops it.
+
+        Of an error that all ranks raise, all wait for the save: the first that leaves makes torchrun end the others.
+        """
         try:
             yield
-        except (EngineError, SimulatorError, KeyboardInterrupt):
+        except (EngineError, SimulatorError, KeyboardInterrupt) as error:
             if step > self.saved_step:
-                self._save(step)
+                with together() if getattr(error, "is_shared", False) else nullcontext():
+                    self._save(step)
             raise
 
     def _frozen_copy(self, device: Any) -> LoadedModel | None:
@@ -271,6 +275,7 @@ class _Run:
 
     def _save(self, step: int) -> None:
         if not is_main():
+            self.saved_step = step
             return
         self.log.sync()
         self.store.save(

@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -55,13 +61,51 @@ def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, object]]:
     return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
-def torchrun(output: Path, *words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+ROOT = Path(ranks.__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+
+
+def command(output: Path, *words: str) -> list[str]:
     flags = [word for key, value in SMALL.items() for word in (f"--{key}", value)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += ["-m", "zs_fast.cli", "train", "quickstart", "--output", str(output), *flags, *words]
-    root = Path(ranks.__file__).resolve().parents[1]
-    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment, cwd=root)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "zs_fast.cli"]
+    return [*launch, "train", "quickstart", "--output", str(output), *flags, *words]
+
+
+def torchrun(output: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(output, *words), capture_output=True, text=True, timeout=150, env=ENVIRONMENT, cwd=ROOT
+    )
+
+
+class DyingServer(BaseHTTPRequestHandler):
+    """Answers a chat request with a document as long as `lives` says so."""
+
+    lives = threading.Event()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        message = {"role": "assistant", "content": "Doc 1: nothing to see here"}
+        body = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
+        self.send_response(200 if self.lives.is_set() else 500)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def wait_for(condition: Callable[[], bool], agent: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline and agent.poll() is None
+        time.sleep(0.05)
+
+
+def workers_of(agent: subprocess.Popen[str]) -> list[int]:
+    """Process ids of what torchrun started, by rank."""
+    return [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
 
 
 def a_small_run(output: Path) -> RunConfig:
@@ -125,7 +169,46 @@ def test_what_stops_one_rank_is_said_once(two: Path) -> None:
     done = torchrun(two)
     assert done.returncode != 0
     assert done.stderr.count("already holds a run") == 1
-    assert "Traceback" not in done.stderr.partition("torch.distributed.elastic")[0]
+    assert "zs_fast/train.py" not in done.stderr, "a traceback of ours beside torchrun's own report"
+
+
+@pytest.mark.full
+def test_a_dead_simulator_is_said_once_after_the_finished_steps_are_saved(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), DyingServer)
+    DyingServer.lives.set()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    words = ["--train.save_every", "0", "--simulator.kind", "openai", "--simulator.max_retries", "0"]
+    words += ["--train.steps", "9", "--simulator.url", f"http://127.0.0.1:{server.server_port}/v1"]
+    with subprocess.Popen(
+        command(run, *words), stdout=PIPE, stderr=PIPE, text=True, env=ENVIRONMENT, cwd=ROOT
+    ) as agent:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(rows(run)) > 0, agent)
+        DyingServer.lives.clear()
+        _, said = agent.communicate(timeout=100)
+    server.shutdown()
+    assert agent.returncode != 0
+    assert said.count("searches failed, more than simulator.max_failed_share") == 1, said
+    (saved,) = (run / "checkpoints").iterdir()
+    assert saved.name == f"step_{rows(run)[-1]['step']}"
+
+
+@pytest.mark.full
+def test_a_killed_rank_takes_the_others_with_it(two: Path, tmp_path: Path) -> None:
+    """SIGKILL of the second process in the second step: all are gone within seconds, and a resume ends the same."""
+    run = tmp_path / "run"
+    with subprocess.Popen(command(run), stdout=PIPE, stderr=PIPE, text=True, env=ENVIRONMENT, cwd=ROOT) as agent:
+        wait_for(lambda: (run / "latest").exists(), agent)
+        workers = workers_of(agent)
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        killed = time.monotonic()
+        agent.communicate(timeout=60)
+        assert agent.returncode != 0 and time.monotonic() - killed < 10
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    done = torchrun(run, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert (run / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
 
 
 def _work(rank: int, folder: str) -> None:
