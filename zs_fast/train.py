@@ -269,7 +269,8 @@ class _Run:
 
     def _save_together(self, step: int) -> None:
         """`_save`, once it is sure that all ranks hold the same weights; what goes wrong there stops all of them."""
-        check_same_bits(dict(self.policy.model.named_parameters()), f"the policy after step {step}")
+        trained = {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
+        check_same_bits(trained, f"the policy after step {step}")
         with together():
             self._save(step)
 
