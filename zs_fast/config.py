@@ -206,6 +206,9 @@ class AlgorithmConfig(Section):
     """Tokens past overlong_limit over which the penalty grows linearly to 1."""
     max_resampled_batches: NonNegative = 0
     """Groups without signal are replaced by those of up to this many more batches of questions; 0 keeps them."""
+    mask_documents: bool = True
+    """Documents are left out of the loss. False trains on them as if the policy had written them, to measure what the
+    mask is worth."""
     mask_stop_reasons: tuple[Literal["turn_limit", "length_limit", "context_limit"], ...] = ()
     """Trajectories that ended so are left out of the loss, as failed searches always are."""
 

@@ -82,6 +82,7 @@ def pack_share(groups: Sequence[Group], config: RunConfig) -> PackedBatch:
         own.groups,
         token_budget=config.train.token_budget,
         mask=config.algorithm.mask_stop_reasons,
+        mask_documents=config.algorithm.mask_documents,
         places=own.places,
         num_places=len(groups),
     )

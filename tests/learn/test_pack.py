@@ -170,3 +170,15 @@ def test_micro_batches_are_few_and_even_within_the_budget(budget: int, sizes: li
     packed = pack_tokens(TokenSequence(ids=[0] * (n + 1), is_loss=[False] + [True] * n) for n in (3, 1, 2, 4))
     assert [micro.num_tokens for micro in packed.micro_batches(budget)] == sizes
     assert [micro.num_tokens for micro in packed.micro_batches(99, 1, 3)] == [3]
+
+
+def test_documents_are_trained_on_only_when_asked(make_group, make_trajectory):
+    trajectory = make_trajectory([1, 2], [([3, 4], [5, 6]), ([7], [])], logprob=-0.5)
+    masked = pack([make_group([trajectory])], token_budget=16)
+    assert masked.targets[masked.loss_mask].tolist() == [3, 4, 7]
+    whole = pack([make_group([trajectory])], token_budget=16, mask_documents=False)
+    assert whole.targets[whole.loss_mask].tolist() == [3, 4, 5, 6, 7]
+    logprobs = whole.rollout_logprobs[whole.loss_index]
+    assert logprobs.isnan().tolist() == [False, False, True, True, False], "nobody sampled a document"
+    untrainable = make_trajectory([1, 2], [([3, 4], [5, 6]), ([7], [])], trainable=False)
+    assert not pack([make_group([untrainable])], token_budget=16, mask_documents=False).loss_mask.any()

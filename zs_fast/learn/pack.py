@@ -57,20 +57,23 @@ def pack_tokens(sequences: Iterable[TokenSequence]) -> PackedTokens:
     )
 
 
-def token_sequence(trajectory: Trajectory, *, trainable: bool) -> TokenSequence:
+def token_sequence(trajectory: Trajectory, *, trainable: bool, mask_documents: bool = True) -> TokenSequence:
     """A trajectory's ids as sampled, flagged by who wrote them. No id is compared with anything: a sampled
-    end-of-sequence or padding id is trained on like every other sampled token."""
+    end-of-sequence or padding id is trained on like every other sampled token.
+
+    mask_documents: False makes loss tokens of what the search returned, too.
+    """
     ids, is_loss = list(trajectory.prompt_ids), [False] * len(trajectory.prompt_ids)
     for turn in trajectory.turns:
         ids += turn.completion.token_ids
         is_loss += [trainable] * len(turn.completion.token_ids)
         ids += turn.observation_ids
-        is_loss += [False] * len(turn.observation_ids)
+        is_loss += [trainable and not mask_documents] * len(turn.observation_ids)
     return TokenSequence(ids=ids, is_loss=is_loss)
 
 
-def _sampler_logprobs(trajectory: Trajectory) -> list[float]:
-    """One number per sampled token, NaN for a completion whose engine gave none."""
+def _sampler_logprobs(trajectory: Trajectory, *, mask_documents: bool) -> list[float]:
+    """One number per loss token: NaN for a completion whose engine gave none, and for what nobody sampled."""
     values: list[float] = []
     for turn in trajectory.turns:
         completion = turn.completion
@@ -80,6 +83,8 @@ def _sampler_logprobs(trajectory: Trajectory) -> list[float]:
                 f"{len(completion.logprobs)} log-probabilities; an engine gives one each, or none at all"
             )
         values += completion.logprobs or [float("nan")] * len(completion.token_ids)
+        if not mask_documents:
+            values += [float("nan")] * len(turn.observation_ids)
     return values
 
 
@@ -88,6 +93,7 @@ def pack(
     *,
     token_budget: int,
     mask: Collection[StopReason | str] = (),
+    mask_documents: bool = True,
     places: Sequence[int] | None = None,
     num_places: int | None = None,
 ) -> PackedBatch:
@@ -95,18 +101,26 @@ def pack(
 
     token_budget: most tokens in one micro batch; a longer trajectory is a micro batch of its own.
     mask: trajectories that ended so are not trainable (`algorithm.mask_stop_reasons`); neither are those whose
-    `trainable` is False.
+    `trainable` is False. mask_documents: False trains on the search's documents as if the policy had written them.
     places, num_places: where each group stands among how many of the step; by default these groups are all.
     """
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     trainable = [t.trainable and t.stop_reason not in mask for t in trajectories]
-    tokens = pack_tokens(token_sequence(t, trainable=keep) for t, keep in zip(trajectories, trainable, strict=True))
+    tokens = pack_tokens(
+        token_sequence(t, trainable=keep, mask_documents=mask_documents)
+        for t, keep in zip(trajectories, trainable, strict=True)
+    )
     group_offsets = [0]
     for group in groups:
         group_offsets.append(group_offsets[-1] + len(group.trajectories))
     sizes = torch.tensor(group_offsets).diff()
 
-    sampled = [value for t, keep in zip(trajectories, trainable, strict=True) if keep for value in _sampler_logprobs(t)]
+    sampled = [
+        value
+        for t, keep in zip(trajectories, trainable, strict=True)
+        if keep
+        for value in _sampler_logprobs(t, mask_documents=mask_documents)
+    ]
     rollout_logprobs = torch.zeros(tokens.num_tokens)
     rollout_logprobs[tokens.loss_index] = torch.tensor(sampled, dtype=torch.float32)
     return PackedBatch(
