@@ -19,6 +19,7 @@ from zs_fast.models.load import (
     on_same_base,
     resolve_device,
     resolve_path,
+    whole_model,
 )
 from zs_fast.models.lora import adapter_rank, attach_adapter, read_adapter
 from zs_fast.rollout.engine import LocalEngine
@@ -86,7 +87,7 @@ def load_served(path: str, config: RunConfig, device: torch.device) -> LoadedMod
     dtype = DTYPES[config.model.dtype]
     if config.engine.kind != "vllm":
         return load_model(path, dtype=dtype, device=device)
-    if resolve_path(path).is_dir():
+    if resolve_path(whole_model(path)).is_dir():
         return load_skeleton(path, dtype=dtype)
     return load_model(path, dtype=dtype)
 

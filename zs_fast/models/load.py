@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from zs_fast.errors import PreflightError
 from zs_fast.models.attention import ATTENTION_NAME
 from zs_fast.models.lora import (
+    CONFIG_FILE,
     adapter_rank,
     attach_stored_adapter,
     base_of_adapter,
@@ -105,6 +106,24 @@ def resolve_path(path: str) -> Path:
     return found
 
 
+def whole_model(path: str) -> str:
+    """`path` itself, or the base model that it names where it is a peft folder. PreflightError if that is not here."""
+    folder = resolve_path(path)
+    if not is_adapter_folder(folder):
+        return path
+    base = base_of_adapter(folder)
+    try:
+        found = resolve_path(base)
+    except PreflightError as error:
+        raise PreflightError(
+            f"Adapter {path!r} belongs to the model {base!r}: {error} Or correct base_model_name_or_path in "
+            f"{folder / CONFIG_FILE}."
+        ) from error
+    if is_adapter_folder(found):
+        raise PreflightError(f"Adapter {path!r} belongs to {base!r}, which is an adapter itself. Merge that one first.")
+    return base
+
+
 def load_model(
     path: str | Path, *, dtype: torch.dtype | str = "float32", device: torch.device | str = "cpu"
 ) -> LoadedModel:
@@ -118,7 +137,7 @@ def load_model(
     torch_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     torch_device = resolve_device(device) if isinstance(device, str) else device
     if is_adapter_folder(source):
-        return _with_adapter(load_model(base_of_adapter(source), dtype=torch_dtype, device=torch_device), source, name)
+        return _with_adapter(load_model(whole_model(name), dtype=torch_dtype, device=torch_device), source, name)
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     weights: dict[str, Any] = {"use_safetensors": True}
     folder = source
@@ -156,7 +175,7 @@ def load_skeleton(path: str | Path, *, dtype: torch.dtype | str = "float32") -> 
     folder = resolve_path(name)
     torch_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     if is_adapter_folder(folder):
-        return _with_adapter(load_skeleton(base_of_adapter(folder), dtype=torch_dtype), folder, name)
+        return _with_adapter(load_skeleton(whole_model(name), dtype=torch_dtype), folder, name)
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with _errors_that_name(name, folder):
         config = AutoConfig.from_pretrained(folder, **where)

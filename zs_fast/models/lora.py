@@ -26,17 +26,27 @@ PEFT_PREFIX = "base_model.model."
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
+UNSUPPORTED_FIELDS = (
+    "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out", "target_parameters",
+    "alora_invocation_tokens", "trainable_token_indices", "use_qalora",
+)  # fmt: skip
+"""What makes one of peft's adapters more than A and B on linear layers."""
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with an adapter on it. `lora_A` is [r, in], `lora_B` [out, r] and starts at zero."""
+    """A linear layer with an adapter on it. `lora_A` is [r, in], `lora_B` [out, r] and starts at zero.
 
-    def __init__(self, base: nn.Linear, rank: int) -> None:
+    The layer may hold packed weights (4 bits): the adapter is of the type that it computes in.
+    """
+
+    def __init__(self, base: Any, rank: int) -> None:
         super().__init__()
+        weight: Tensor = base.weight
+        dtype = weight.dtype if weight.is_floating_point() else getattr(base, "compute_dtype", None) or torch.float32
         # A base without values yet (on the meta device) gets them from the engine; an adapter always has its own.
-        device = "cpu" if base.weight.is_meta else base.weight.device
-        options: dict[str, Any] = {"bias": False, "dtype": base.weight.dtype, "device": device}
+        options: dict[str, Any] = {"bias": False, "dtype": dtype, "device": "cpu" if weight.is_meta else weight.device}
         self.base_layer = base
         self.lora_A = nn.Linear(base.in_features, rank, **options)
         self.lora_B = nn.Linear(rank, base.out_features, **options)
@@ -52,24 +62,52 @@ def attach_adapter(model: nn.Module, rank: int, *, targets: Sequence[str] = TARG
 
     A is drawn uniformly from +-1/sqrt(in), as peft draws it. Raises PreflightError where a target is on no layer.
     """
-    if adapter_rank(model):
-        raise PreflightError(f"The model carries an adapter of rank {adapter_rank(model)} already.")
-    model.requires_grad_(False)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    layers = _linear_layers(model)
     found = {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in targets}
     missing = sorted(set(targets) - {name.rpartition(".")[2] for name in found})
     if missing or not found:
         raise PreflightError(f"The model has no linear layer called {', '.join(missing)}; adapters go on those it has.")
     generator = torch.Generator().manual_seed(seed)
-    for name, layer in found.items():
-        parent, _, leaf = name.rpartition(".")
-        adapted = LoraLinear(layer, rank)
-        bound = 1.0 / math.sqrt(layer.in_features)
-        values = (2.0 * torch.rand(rank, layer.in_features, generator=generator) - 1.0) * bound
+    for layer in _wrap(model, found, rank):
+        size = layer.lora_A.in_features
+        values = (2.0 * torch.rand(rank, size, generator=generator) - 1.0) / math.sqrt(size)
         with torch.no_grad():
-            adapted.lora_A.weight.copy_(values)
-            adapted.lora_B.weight.zero_()
-        setattr(model.get_submodule(parent), leaf, adapted)
+            layer.lora_A.weight.copy_(values)
+            layer.lora_B.weight.zero_()
+
+
+def attach_stored_adapter(model: nn.Module, folder: Path) -> None:
+    """Freeze `model` and put the adapter of a peft folder on the layers that it was made for.
+
+    Raises PreflightError where the model has no such layer, or one of another size.
+    """
+    tensors = read_adapter(folder)
+    layers = _linear_layers(model)
+    names = sorted({name.rpartition(".lora_")[0] for name in tensors})
+    if missing := [name for name in names if name not in layers]:
+        raise PreflightError(
+            f"Adapter {str(folder)!r} is for {missing[0]}, a linear layer that the model does not have."
+        )
+    rank = max(tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight"))
+    _wrap(model, {name: layers[name] for name in names}, rank)
+    load_adapter(model, tensors)
+
+
+def _linear_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers that an adapter can go on, by name; those with packed weights among them."""
+    if adapter_rank(model):
+        raise PreflightError(f"The model carries an adapter of rank {adapter_rank(model)} already.")
+    return {name: m for name, m in model.named_modules() if hasattr(m, "in_features") and hasattr(m, "out_features")}
+
+
+def _wrap(model: nn.Module, layers: Mapping[str, Any], rank: int) -> list[LoraLinear]:
+    """Freeze `model` and put an adapter without values on `layers`."""
+    model.requires_grad_(False)
+    adapted = {name: LoraLinear(layer, rank) for name, layer in layers.items()}
+    for name, layer in adapted.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+    return list(adapted.values())
 
 
 def same_base(model: Model) -> Model:
@@ -134,15 +172,6 @@ def base_of_adapter(folder: Path) -> str:
     return base
 
 
-def attach_stored_adapter(model: nn.Module, folder: Path) -> None:
-    """Freeze `model` and put the adapter of a peft folder on it. Raises PreflightError where they don't fit."""
-    tensors = read_adapter(folder)
-    rank = max(tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight"))
-    targets = tuple(dict.fromkeys(name.split(".")[-3] for name in tensors))
-    attach_adapter(model, rank, targets=targets)
-    load_adapter(model, tensors)
-
-
 def write_adapter(model: nn.Module, folder: Path, *, base: str) -> None:
     """Write the adapter of `model` as a peft folder that names `base` as the model it belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,13 +184,20 @@ def write_adapter(model: nn.Module, folder: Path, *, base: str) -> None:
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(adapter_targets(model)),
+        "target_modules": _target_modules(model),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {PEFT_PREFIX + name: tensor.detach().contiguous() for name, tensor in adapter_tensors(model).items()}
     save_file(
         {name: tensor.cpu() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE, metadata={"format": "pt"}
     )
+
+
+def _target_modules(model: nn.Module) -> list[str]:
+    """Last names of the adapted layers; whole names where a layer of the same last name has no adapter."""
+    adapted = {name for name, m in model.named_modules() if isinstance(m, LoraLinear)}
+    plain = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return sorted(adapted if plain & set(adapter_targets(model)) else adapter_targets(model))
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -175,7 +211,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise PreflightError(f"Adapter {str(folder)!r} can't be read: {type(error).__name__}: {error}") from error
-    for field in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"):
+    for field in UNSUPPORTED_FIELDS:
         if config.get(field):
             raise PreflightError(f"Adapter {str(folder)!r} uses {field}, which is not supported; plain LoRA is.")
     if rank < 1 or not tensors:
@@ -188,7 +224,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         name = key.removeprefix(PEFT_PREFIX)
         if not name.endswith((".lora_A.weight", ".lora_B.weight")):
             raise PreflightError(f"Adapter {str(folder)!r} holds {key}, which is neither an A nor a B of plain LoRA.")
-        named[name] = tensor * scaling if name.endswith(".lora_B.weight") else tensor
+        named[name] = (tensor.float() * scaling).to(tensor.dtype) if name.endswith(".lora_B.weight") else tensor
     return named
 
 
