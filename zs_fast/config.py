@@ -178,8 +178,9 @@ class AlgorithmConfig(Section):
     """Weight of the KL to the frozen reference; 0 loads no reference."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the KL counts: added to the loss, or taken off the reward of each token."""
-    kl_estimator: Literal["k1", "k2", "k3", "k1+", "k3+"] = "k3"
-    """Estimate per token. `+` keeps the value and has k2's gradient. In the reward only `k1` is unbiased."""
+    kl_estimator: Literal["k1", "k2", "k3", "k1+", "k3+", "full"] = "k3"
+    """Estimate per token. `+` keeps the value and has k2's gradient. In the reward only `k1` is unbiased. `full` is no
+    estimate: the KL over the whole vocabulary, in the loss only, for a second pass over the output head."""
     kl_target: Annotated[float, Field(gt=0.0)] | None = None
     """Nats per token that the coefficient is steered to, by at most 2 % a step; unset leaves it fixed."""
     entropy_coefficient: Annotated[float, Field(ge=0.0)] = 0.0
@@ -206,6 +207,10 @@ class AlgorithmConfig(Section):
     """Tokens past overlong_limit over which the penalty grows linearly to 1."""
     max_resampled_batches: NonNegative = 0
     """Groups without signal are replaced by those of up to this many more batches of questions; 0 keeps them."""
+    legacy: Literal["none", "zerosearch"] = "none"
+    """`zerosearch` repeats three faults of ZeroSearch's released code, to reproduce its runs: the KL in the loss is
+    taken off instead of added (it pushes away from the reference); PPO's advantages, returns and whitening run through
+    the documents; and the critic learns values at document tokens."""
     mask_documents: bool = True
     """Documents are left out of the loss. False trains on them as if the policy had written them, to measure what the
     mask is worth."""
@@ -226,6 +231,16 @@ class AlgorithmConfig(Section):
             raise ValueError(
                 f"algorithm.kl_estimator is {self.kl_estimator!r}: a reward has no gradient for the `+` to replace. "
                 "Take 'k1', or set algorithm.kl_in = 'loss'."
+            )
+        if self.kl_in == "reward" and self.kl_estimator == "full":
+            raise ValueError(
+                "algorithm.kl_estimator is 'full', which has its gradient in the loss, but algorithm.kl_in is "
+                "'reward'. Take 'k1', or set algorithm.kl_in = 'loss'."
+            )
+        if self.legacy == "zerosearch" and (self.kl_estimator in ("full", "k1+", "k3+") or self.correction != "none"):
+            raise ValueError(
+                "algorithm.legacy = 'zerosearch' repeats the released code, which has neither kl_estimator "
+                f"{self.kl_estimator!r} nor corrections ({self.correction!r}). Leave them at k1, k2 or k3 and 'none'."
             )
         if self.old_logprobs == "sampler" and self.correction != "none":
             raise ValueError(

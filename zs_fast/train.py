@@ -156,7 +156,7 @@ class _Run:
             self.batches_played = batches_played
             packed = pack_share(chosen, config)
             with self.memory.phase(Phase.SCORE):
-                scored = score(packed, self.roles, old_logprobs=self.updater.needs_old_logprobs)
+                scored = score(packed, self.roles, **self.updater.needs)
             with self.memory.phase(Phase.UPDATE):
                 batch = credit(scored, config.algorithm, kl_coefficient=self.updater.kl_coefficient)
                 stats = self.updater.update(batch)

@@ -79,14 +79,15 @@ def reinforce_plus_plus(scored: ScoredBatch, penalty: Tensor, config: AlgorithmC
     all loss tokens of the step. The baseline is the step's mean: no group is dead that has a trainable trajectory."""
     batch = scored.packed
     zeros = torch.zeros(batch.num_tokens, device=batch.inputs.device)
-    returns, _ = _estimate(batch, penalty, zeros, gamma=1.0, lam=1.0)
-    return Credit(advantages=_whitened(batch, returns), dead_groups=_untrainable_groups(batch))
+    returns, _ = _estimate(batch, penalty, zeros, gamma=1.0, lam=1.0, mask=batch.loss_mask)
+    return Credit(advantages=_whitened(batch, returns, batch.loss_mask), dead_groups=_untrainable_groups(batch))
 
 
 def reinforce_plus_plus_baseline(scored: ScoredBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
     """Against the group's mean, then whitened over all loss tokens of the step."""
     credit = _against_group(scored.packed, penalty, config, "dr_grpo")
-    return replace(credit, advantages=_whitened(scored.packed, credit.advantages))
+    batch = scored.packed
+    return replace(credit, advantages=_whitened(batch, credit.advantages, batch.loss_mask))
 
 
 def ppo(scored: ScoredBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit:
@@ -95,8 +96,11 @@ def ppo(scored: ScoredBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit
     if scored.old_values is None:
         raise ValueError("algorithm.name = 'ppo' takes the critic's values; score(...) the batch with roles.critic")
     batch = scored.packed
-    advantages, returns = _estimate(batch, penalty, scored.old_values, gamma=config.gamma, lam=config.gae_lambda)
-    whitened = _whitened(batch, advantages)
+    tokens = batch.response_mask() if config.legacy == "zerosearch" else batch.loss_mask
+    advantages, returns = _estimate(
+        batch, penalty, scored.old_values, gamma=config.gamma, lam=config.gae_lambda, mask=tokens
+    )
+    whitened = _whitened(batch, advantages, tokens)
     return Credit(advantages=whitened, returns=returns, dead_groups=_untrainable_groups(batch))
 
 
@@ -192,11 +196,11 @@ def _token_rewards(batch: PackedBatch, penalty: Tensor) -> Tensor:
 
 
 def _estimate(
-    batch: PackedBatch, penalty: Tensor, values: Tensor, *, gamma: float, lam: float
+    batch: PackedBatch, penalty: Tensor, values: Tensor, *, gamma: float, lam: float, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), each [N] float32, of the token rewards against `values` [N]."""
+    """(advantages, returns), each [N] float32, of the token rewards against `values` [N], at the tokens of `mask`."""
     bounds = torch.tensor(batch.cu_seqlens, device=values.device)
-    return gae(_token_rewards(batch, penalty), values, batch.loss_mask, bounds, gamma=gamma, lam=lam)
+    return gae(_token_rewards(batch, penalty), values, mask, bounds, gamma=gamma, lam=lam)
 
 
 def _untrainable_groups(batch: PackedBatch) -> Tensor:
@@ -222,9 +226,10 @@ def _at_tokens(batch: PackedBatch, per_sequence: Tensor) -> Tensor:
     return per_sequence.float().to(batch.inputs.device)[batch.sequence]
 
 
-def _whitened(batch: PackedBatch, values: Tensor) -> Tensor:
-    """[N] float32: mean 0 and unbiased variance 1 over the loss tokens of all ranks; all 0 where they are all equal."""
-    chosen = values[batch.loss_index].double()
+def _whitened(batch: PackedBatch, values: Tensor, mask: Tensor) -> Tensor:
+    """[N] float32: mean 0 and unbiased variance 1 over the tokens of `mask` on all ranks; all 0 where they are all
+    equal, and outside the loss tokens."""
+    chosen = values[mask].double()
     totals = all_reduce_sums({"count": chosen.numel(), "sum": float(chosen.sum())})
     mean = totals["sum"] / max(totals["count"], 1.0)
     squares = all_reduce_sums({"squares": float((chosen - mean).square().sum())})["squares"]

@@ -55,6 +55,12 @@ class MicroBatch:
         """[m] int64"""
         return self.targets[self.loss_index]
 
+    def response_index(self) -> Tensor:
+        """[r] int64: every token from each sequence's first loss token on, documents included."""
+        starts = [int(self.loss_index[first]) for first in self.loss_cu_seqlens[:-1]]
+        ranges = [torch.arange(start, end) for start, end in zip(starts, self.cu_seqlens[1:], strict=True)]
+        return torch.cat(ranges).to(self.loss_index.device)
+
     def at_loss_tokens(self, column: Tensor) -> Tensor:
         """[m]: this micro batch's share of a per-token column [N] of the batch, at the loss tokens."""
         return column[self.tokens][self.loss_index]
@@ -106,6 +112,12 @@ class PackedTokens:
             if isinstance(value, Tensor) and name not in PER_SEQUENCE_COLUMNS
         }
         return replace(self, **moved)
+
+    def response_mask(self) -> Tensor:
+        """[N] bool: every token from each sequence's first loss token on, documents included."""
+        seen = self.loss_mask.long().cumsum(0)
+        before = torch.tensor(self.loss_offsets[:-1], device=seen.device)[self.sequence]
+        return seen > before
 
     def view(self, first: int, last: int) -> MicroBatch:
         """Sequences first .. last - 1 as a micro batch."""

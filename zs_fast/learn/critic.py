@@ -57,9 +57,9 @@ class Critic(nn.Module):
         """The trunk, where `hidden_states` looks for it."""
         return self.trunk
 
-    def values(self, micro: MicroBatch) -> Tensor:
-        """[m] float32: the value before each loss token."""
-        hidden = hidden_states(self, micro).index_select(0, micro.loss_index)
+    def values(self, micro: MicroBatch, index: Tensor | None = None) -> Tensor:
+        """[m] float32: the value before each loss token, or before the tokens of `index`."""
+        hidden = hidden_states(self, micro).index_select(0, micro.loss_index if index is None else index)
         values: Tensor = self.value_head(hidden.float()).squeeze(1)
         return values
 
@@ -67,8 +67,17 @@ class Critic(nn.Module):
 class CriticUpdater:
     """Trains a critic in place on what the policy is trained on, with an AdamW of its own."""
 
-    def __init__(self, critic: Critic, config: CriticConfig, train: TrainConfig, *, total_steps: int) -> None:
-        self.critic, self.config, self.train = critic, config, train
+    def __init__(
+        self,
+        critic: Critic,
+        config: CriticConfig,
+        train: TrainConfig,
+        *,
+        total_steps: int,
+        whole_response: bool = False,
+    ) -> None:
+        """whole_response: learn values at document tokens too (`algorithm.legacy`)."""
+        self.critic, self.config, self.train, self.whole_response = critic, config, train, whole_response
         schedule = Schedule(
             peak=config.learning_rate,
             warmup_steps=config.warmup_steps,
@@ -110,15 +119,16 @@ class CriticUpdater:
         """The step's sums; empty where it was left out (no loss token, or a number that is not finite)."""
         packed = batch.scored.packed
         assert batch.returns is not None and batch.scored.old_values is not None, "a critic needs returns to train to"
-        local = packed.loss_offsets[last] - packed.loss_offsets[first]
-        tokens = all_reduce_sums({"loss_tokens": local})["loss_tokens"]
+        micros = list(packed.micro_batches(packed.token_budget, first, last))
+        places = [micro.response_index() if self.whole_response else micro.loss_index for micro in micros]
+        tokens = all_reduce_sums({"tokens": sum(index.numel() for index in places)})["tokens"]
         sums = torch.zeros(4, device=packed.inputs.device)
-        for micro in packed.micro_batches(packed.token_budget, first, last):
-            values = self.critic.values(micro)
+        for micro, index in zip(micros, places, strict=True):
+            values = self.critic.values(micro, index)
             result = value_loss(
                 values,
-                micro.at_loss_tokens(batch.scored.old_values),
-                micro.at_loss_tokens(batch.returns),
+                batch.scored.old_values[micro.tokens][index],
+                batch.returns[micro.tokens][index],
                 torch.full_like(values, 1.0 / tokens, requires_grad=False),
                 clip_range=self.config.value_clip,
             )

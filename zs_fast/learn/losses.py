@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from zs_fast.config import AlgorithmConfig
 from zs_fast.learn.batch import MicroBatch, TrainBatch
 from zs_fast.learn.policy import hidden_states
-from zs_kernels import METRICS, PolicyLossSettings, linear_logprobs, linear_policy_loss, policy_loss
+from zs_kernels import (
+    METRICS,
+    PolicyLossSettings,
+    kl_estimates,
+    linear_kl,
+    linear_logprobs,
+    linear_policy_loss,
+    policy_loss,
+)
 from zs_kernels.importance_weights import ImportanceWeights, importance_weights
 
 KL_CLAMP = "verl"
@@ -57,17 +65,23 @@ def micro_batch_loss(
     size: MiniBatchSize,
     *,
     temperature: float,
+    reference: nn.Module | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss to minimise, named sums over this micro batch's loss tokens: float32 scalars without gradient)."""
+    """(loss to minimise, named sums over this micro batch's loss tokens: float32 scalars without gradient).
+
+    reference: the frozen model that `algorithm.kl_estimator = "full"` compares whole distributions with.
+    """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     hidden = hidden_states(model, micro).index_select(0, micro.loss_index)
+    kl_in_loss = batch.kl_coefficient if config.kl_in == "loss" else 0.0
+    apart = config.kl_estimator == "full" or config.legacy == "zerosearch"
     settings = PolicyLossSettings(
         form=config.policy_loss,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
-        kl_coefficient=batch.kl_coefficient if config.kl_in == "loss" else 0.0,
-        kl_estimator=config.kl_estimator,
+        kl_coefficient=0.0 if apart else kl_in_loss,
+        kl_estimator="k3" if config.kl_estimator == "full" else config.kl_estimator,
         kl_clamp=KL_CLAMP,
         entropy_coefficient=config.entropy_coefficient,
     )
@@ -82,7 +96,8 @@ def micro_batch_loss(
     if config.correction != "none":
         assert old_logprobs is not None, "a correction compares the trainer's own log-probabilities with the sampler's"
         importance = _against_sampler(old_logprobs, rollout_logprobs, micro, config).weights
-    if settings.form == "gspo":  # a trajectory's ratio is known only when all its log-probabilities are
+    # GSPO knows a trajectory's ratio only when all its log-probabilities are there.
+    if settings.form == "gspo" or config.legacy == "zerosearch":
         scored = linear_logprobs(
             hidden, head.weight, micro.loss_targets, bias=head.bias, temperature=temperature, entropy=True
         )
@@ -100,6 +115,10 @@ def micro_batch_loss(
             **settings._asdict(),
         )
         loss, metrics = result.loss, {name: getattr(result, name) for name in METRICS}
+        if config.legacy == "zerosearch" and ref_logprobs is not None:
+            kl = kl_estimates(logprobs, ref_logprobs, estimator=settings.kl_estimator, clamp=KL_CLAMP)
+            loss = loss - kl_in_loss * (weights * kl).sum()  # the released code's sign
+            metrics["kl_sum"] = kl.detach().sum()
     else:
         fused = linear_policy_loss(
             hidden,
@@ -118,6 +137,10 @@ def micro_batch_loss(
         metrics = dict(zip(METRICS, fused.metrics.unbind(), strict=True)) | {"entropy_sum": fused.entropy.sum()}
     sums = _named_sums(metrics, has_reference=ref is not None)
     sums["loss/policy"] = metrics["policy_sum"] * size.loss_tokens
+    if config.kl_estimator == "full" and reference is not None:
+        kl = _full_kl(hidden, head, reference, micro, temperature)
+        loss = loss + batch.kl_coefficient * (weights * kl).sum()
+        sums["kl"] = kl.detach().sum()
     before = logprobs.detach() if old_logprobs is None else old_logprobs
     mismatch = _against_sampler(before, rollout_logprobs, micro, config).metrics
     sums |= {
@@ -127,6 +150,22 @@ def micro_batch_loss(
         "mismatch_outside": mismatch.outside_count,
     }
     return loss, sums
+
+
+def _full_kl(hidden: Tensor, head: Any, reference: nn.Module, micro: MicroBatch, temperature: float) -> Tensor:
+    """[m] float32, in nats: KL(policy || reference) at each loss token over the whole vocabulary, with gradient."""
+    ref_head: Any = reference.get_output_embeddings()  # type: ignore[operator]
+    with torch.no_grad():
+        ref_hidden = hidden_states(reference, micro).index_select(0, micro.loss_index)
+    return linear_kl(
+        hidden,
+        ref_hidden,
+        head.weight,
+        ref_head.weight,
+        bias=head.bias,
+        ref_bias=ref_head.bias,
+        temperature=temperature,
+    )
 
 
 def _against_sampler(

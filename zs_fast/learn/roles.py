@@ -46,14 +46,16 @@ class Roles:
         """Does `score` run a forward pass at all?"""
         return self.reference is not None or self.critic is not None
 
-    def values(self, packed: PackedBatch) -> Tensor:
-        """[N] float32 on the policy's device: the critic's values at loss tokens, 0 elsewhere. No gradient."""
+    def values(self, packed: PackedBatch, *, whole_response: bool = False) -> Tensor:
+        """[N] float32 on the policy's device: the critic's values at loss tokens (or from a trajectory's first one on),
+        0 elsewhere. No gradient."""
         if self.critic is None:
             raise ValueError("this run holds no critic")
         column = torch.zeros(packed.num_tokens, device=self.device)
         with torch.no_grad():
             for micro in packed.micro_batches(packed.token_budget):
-                column[micro.tokens][micro.loss_index] = self.critic.values(micro)
+                index = micro.response_index() if whole_response else micro.loss_index
+                column[micro.tokens][index] = self.critic.values(micro, index)
         return column
 
     def logprobs(self, role: Role | str, packed: PackedBatch) -> Tensor:
@@ -69,17 +71,25 @@ class Roles:
         return column
 
 
-def score(packed: PackedBatch, roles: Roles, *, old_logprobs: bool = False) -> ScoredBatch:
+def score(
+    packed: PackedBatch,
+    roles: Roles,
+    *,
+    old_logprobs: bool = False,
+    ref_logprobs: bool = True,
+    whole_response: bool = False,
+) -> ScoredBatch:
     """The batch on the policy's device with the log-probabilities of frozen weights.
 
-    The reference is scored when there is one. The policy itself is scored only on request: where a step makes a single
-    update, the update's own forward pass sees the very weights that a scoring pass would see, so its log-probabilities,
-    detached, are the old ones and every ratio is exactly 1.
+    The reference is scored when there is one, unless the loss itself compares with it. The policy itself is scored only
+    on request: where a step makes a single update, the update's own forward pass sees the very weights that a scoring
+    pass would see, so its log-probabilities, detached, are the old ones and every ratio is exactly 1.
+    whole_response: the critic's values at document tokens too (`algorithm.legacy`).
     """
     packed = packed.to(roles.device)
     return ScoredBatch(
         packed=packed,
         old_logprobs=roles.logprobs(Role.POLICY, packed) if old_logprobs else None,
-        ref_logprobs=roles.logprobs(Role.REFERENCE, packed) if roles.reference is not None else None,
-        old_values=roles.values(packed) if roles.critic is not None else None,
+        ref_logprobs=roles.logprobs(Role.REFERENCE, packed) if ref_logprobs and roles.reference is not None else None,
+        old_values=roles.values(packed, whole_response=whole_response) if roles.critic is not None else None,
     )

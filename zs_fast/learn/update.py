@@ -87,7 +87,13 @@ class Updater:
         )
         self.critic: CriticUpdater | None = None
         if roles.critic is not None:
-            self.critic = CriticUpdater(roles.critic, critic or CriticConfig(), train, total_steps=total_steps)
+            self.critic = CriticUpdater(
+                roles.critic,
+                critic or CriticConfig(),
+                train,
+                total_steps=total_steps,
+                whole_response=algorithm.legacy == "zerosearch",
+            )
 
     def update(self, batch: TrainBatch) -> StepStats:
         """Take the batch's optimizer steps. One host sync per optimizer step.
@@ -120,6 +126,16 @@ class Updater:
             return False
         kl_in_reward = self.algorithm.kl_in == "reward" and self.kl_coefficient > 0.0
         return self.updates_per_batch > 1 or kl_in_reward or self.algorithm.correction != "none"
+
+    @property
+    def needs(self) -> dict[str, bool]:
+        """What `score` is to compute, as its keyword arguments. No log-probabilities of the reference where the loss
+        compares whole distributions."""
+        return {
+            "old_logprobs": self.needs_old_logprobs,
+            "ref_logprobs": self.algorithm.kl_estimator != "full",
+            "whole_response": self.algorithm.legacy == "zerosearch",
+        }
 
     def _steer_kl(self, values: Mapping[str, float]) -> None:
         """Move the coefficient by up to 2 % towards the one that holds the KL at its target (arXiv:1909.08593, 2.2)."""
@@ -187,7 +203,15 @@ class Updater:
             return
         device_sums: dict[str, Tensor] = {}
         for micro in packed.micro_batches(packed.token_budget, first, last):
-            loss, sums = micro_batch_loss(model, micro, batch, self.algorithm, size, temperature=self.roles.temperature)
+            loss, sums = micro_batch_loss(
+                model,
+                micro,
+                batch,
+                self.algorithm,
+                size,
+                temperature=self.roles.temperature,
+                reference=None if self.roles.reference is None else self.roles.reference.model,
+            )
             torch.autograd.backward(loss)
             for name, value in (sums | {"loss": loss.detach()}).items():
                 device_sums[name] = device_sums[name] + value if name in device_sums else value
