@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Installs the packages that zs_kernels is compared with: TRL, verl, OpenRLHF, Liger, Cut Cross-Entropy and torchrl.
-# Usage: peers.sh PYTHON        into the environment of PYTHON, at the versions of constraints.txt; about 10 s, 75 MB
+# Installs the packages that zs_kernels is compared with (TRL, verl, OpenRLHF, Liger, Cut Cross-Entropy, torchrl), and
+# bitsandbytes, for the tests of what needs it.
+# Usage: peers.sh PYTHON        into the environment of PYTHON, at the versions of constraints.txt; about 15 s, 120 MB
 # All but TRL come without their own dependencies, and what their op modules really import is named here: asked for all,
 # pip would bring Ray (240 MB) and another transformers with verl, deepspeed and flash-attn with OpenRLHF, a second
 # triton with Liger. `pip check` complains about those; no test needs them. torch and triton are not touched.
@@ -20,7 +21,7 @@ before=$(versions)
 "$python" -m pip install -q -c "$constraints" --no-deps \
     verl codetiming omegaconf antlr4-python3-runtime orjson \
     torchrl tensordict pyvers cloudpickle \
-    liger-kernel cut-cross-entropy
+    liger-kernel cut-cross-entropy bitsandbytes
 "$python" -m pip install -q -c "$constraints" --no-deps openrlhf ||
     echo "peers.sh: OpenRLHF has no wheel for this Python; the tests against it are skipped" >&2
 

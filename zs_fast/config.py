@@ -266,6 +266,9 @@ class CriticConfig(Section):
     """How far an update may take a value from the one it had in the rollout before the loss stops to follow."""
 
 
+OptimizerKind = Literal["adamw", "adamw_8bit", "adamw_offload"]
+
+
 class TrainConfig(Section):
     """The loop."""
 
@@ -275,6 +278,9 @@ class TrainConfig(Section):
     """Questions per step."""
     group_size: Positive = 5
     """Trajectories per question."""
+    optimizer: OptimizerKind = "adamw"
+    """`adamw`: moments in float32; `adamw_8bit`: moments in 8 bits (needs bitsandbytes); `adamw_offload`: moments and
+    float32 weights in main memory, where the step is taken. Policy and critic use it alike."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegative = 0
@@ -303,8 +309,19 @@ class TrainConfig(Section):
     """Newest checkpoints kept; 0 keeps all."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a quarter more time."""
+    offload_activations: bool = False
+    """Keep what gradient checkpointing still holds, one hidden state per layer, in main memory until it is needed."""
     rank_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     """Several processes: longest wait for another one, in seconds. A rollout may be done that much sooner elsewhere."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError(
+                "train.offload_activations is true, but train.gradient_checkpointing is false: without it all "
+                "activations would have to travel. Set both, or neither."
+            )
+        return self
 
 
 class EvalConfig(Section):
@@ -357,6 +374,8 @@ class LogConfig(Section):
 class SftConfig(Section):
     """Supervised fine-tuning (`zs-fast sft`)."""
 
+    optimizer: OptimizerKind = "adamw"
+    """As `train.optimizer`."""
     steps: Positive = 1000
     """Optimizer steps."""
     batch_size: Positive = 16

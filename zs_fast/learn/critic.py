@@ -91,6 +91,7 @@ class CriticUpdater:
             eps=train.adam_eps,
             weight_decay=train.weight_decay,
             max_grad_norm=train.max_grad_norm,
+            kind=train.optimizer,
         )
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
@@ -98,7 +99,11 @@ class CriticUpdater:
         packed = batch.scored.packed
         taken: list[dict[str, float]] = []
         skipped = 0
-        with training_mode(self.critic.trunk, gradient_checkpointing=self.train.gradient_checkpointing):
+        with training_mode(
+            self.critic.trunk,
+            gradient_checkpointing=self.train.gradient_checkpointing,
+            offload=self.train.offload_activations,
+        ):
             for _ in range(self.train.epochs):
                 for first, last in packed.mini_batches(self.train.mini_batches):
                     sums = self._optimizer_step(batch, first, last)

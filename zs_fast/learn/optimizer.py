@@ -2,7 +2,14 @@
 
 Weights of a narrower type (bfloat16) have a float32 master copy here: a learning rate of 1e-6 is below the resolution
 of a bfloat16 weight, so that steps on it would be lost. Their gradients are summed in float32 over micro batches too.
-Source: decoupled weight decay, arXiv:1711.05101.
+
+Kinds (`train.optimizer`), and what they hold beside the weights, in bytes a trained parameter:
+
+    adamw           moments 8; masters 4 unless the weights are float32
+    adamw_8bit      moments about 2; masters likewise
+    adamw_offload   nothing on the device: masters 4 and moments 8 in main memory, where the step is taken
+
+Gradients take 4 more during the update. Source: decoupled weight decay, arXiv:1711.05101.
 """
 
 from __future__ import annotations
@@ -14,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zs_fast.config import OptimizerKind
 from zs_fast.errors import CheckpointUnusableError
+from zs_fast.learn.adamw import AdamW8, AdamW32, require_shape
 from zs_fast.system.distributed import sum_tensors, world_size
 
 
@@ -48,6 +57,7 @@ class Optimizer:
         eps: float,
         weight_decay: float,
         max_grad_norm: float,
+        kind: OptimizerKind = "adamw",
     ) -> None:
         self.schedule = schedule
         self.max_grad_norm = max_grad_norm
@@ -56,19 +66,28 @@ class Optimizer:
         self.num_skipped = 0
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._masters: dict[str, Tensor] = {}
+        """What AdamW works on: a float32 parameter itself, or a float32 copy of a parameter."""
+        self._holders: dict[str, Tensor] = {}
+        """Whose `grad` is the sum of a parameter's gradients, float32, on the parameter's device: its master, or for a
+        master in main memory the parameter itself or a stand-in without memory of its own."""
         self._hooks: list[Any] = []
+        self._offloads = kind == "adamw_offload"
         for name, parameter in self._parameters.items():
-            if parameter.dtype == torch.float32:
-                self._masters[name] = parameter
-                continue
-            master = parameter.detach().float()
-            self._masters[name] = master
-            hook = parameter.register_post_accumulate_grad_hook(_moves_grad_to(master))  # type: ignore[no-untyped-call]
-            self._hooks.append(hook)
+            narrow = parameter.dtype != torch.float32
+            if self._offloads:
+                self._masters[name] = _in_main_memory(parameter)
+                self._holders[name] = _stand_in(parameter) if narrow else parameter
+            else:
+                self._masters[name] = parameter.detach().float() if narrow else parameter
+                self._holders[name] = self._masters[name]
+            if narrow:
+                move = _moves_grad_to(self._holders[name])
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(move))  # type: ignore[no-untyped-call]
         matrices = [master for master in self._masters.values() if master.dim() >= 2]
         others = [master for master in self._masters.values() if master.dim() < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=eps, fused=True)
+        adamw = AdamW8 if kind == "adamw_8bit" else AdamW32
+        self._adamw: AdamW8 | AdamW32 = adamw([group for group in groups if group["params"]], betas=betas, eps=eps)
 
     @property
     def learning_rate(self) -> float:
@@ -76,7 +95,8 @@ class Optimizer:
         return self.schedule.at(self.position)
 
     def zero_grad(self) -> None:
-        self._adamw.zero_grad(set_to_none=True)
+        for name, master in self._masters.items():
+            master.grad = self._holders[name].grad = None
 
     def sum_gradients(self) -> None:
         """Add up the gradients of all ranks; every rank then holds the same bits. No host sync.
@@ -86,14 +106,14 @@ class Optimizer:
         """
         if world_size() == 1:
             return
-        for master in self._masters.values():
-            if master.grad is None:  # no loss token here
-                master.grad = torch.zeros_like(master)
-        sum_tensors([master.grad for master in self._masters.values() if master.grad is not None])
+        for holder in self._holders.values():
+            if holder.grad is None:  # no loss token here
+                holder.grad = torch.zeros(holder.shape, device=holder.device)
+        sum_tensors([holder.grad for holder in self._holders.values() if holder.grad is not None])
 
     def clip_gradients(self) -> Tensor:
         """Scale the gradients down to max_grad_norm; their L2 norm before that, a float32 scalar. No host sync."""
-        gradients = [master.grad for master in self._masters.values() if master.grad is not None]
+        gradients = [holder.grad for holder in self._holders.values() if holder.grad is not None]
         if not gradients:
             return torch.zeros(())
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -103,15 +123,26 @@ class Optimizer:
 
     def step(self) -> None:
         """One AdamW step with the gradients that lie there; they are dropped."""
-        for group in self._adamw.param_groups:
-            group["lr"] = self.learning_rate
-        self._adamw.step()
+        if self._offloads:
+            self._fetch_gradients()
+        self._adamw.step(self.learning_rate)
         with torch.no_grad():
             for name, master in self._masters.items():
                 if self._parameters[name] is not master:
-                    self._parameters[name].copy_(master)
+                    self._parameters[name].copy_(master, non_blocking=True)
         self.zero_grad()
         self.position += 1
+
+    def _fetch_gradients(self) -> None:
+        """Copy the gradients to the masters in main memory, all at once, and wait for them."""
+        waits = False
+        for name, master in self._masters.items():
+            gradient = self._holders[name].grad
+            if gradient is not None:
+                waits |= gradient.is_cuda
+                master.grad = torch.empty_like(master, pin_memory=gradient.is_cuda).copy_(gradient, non_blocking=True)
+        if waits:
+            torch.cuda.current_stream().synchronize()
 
     def skip(self) -> None:
         """Drop the gradients and leave weights and moments as they are; the schedule moves on."""
@@ -125,32 +156,35 @@ class Optimizer:
         for name, master in self._masters.items():
             if self._parameters[name] is not master:
                 tensors[f"master.{name}"] = master
-            state = self._adamw.state.get(master)
-            if state:
-                tensors[f"adamw.m.{name}"] = state["exp_avg"]
-                tensors[f"adamw.v.{name}"] = state["exp_avg_sq"]
-                tensors[f"adamw.step.{name}"] = state["step"]
+            for part, tensor in self._adamw.state_of(master).items():
+                tensors[f"{self._adamw.prefix}.{part}.{name}"] = tensor
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state_tensors` gave. CheckpointUnusableError unless names and shapes are this model's."""
-        known = {f"{kind}.{name}" for name in self._masters for kind in ("master", "adamw.m", "adamw.v", "adamw.step")}
-        unknown = sorted(set(tensors) - known)
-        if unknown:
-            raise CheckpointUnusableError(
-                f"The optimizer state holds {unknown[0]!r}, which this model doesn't have. "
-                "Resume with the model that wrote the checkpoint."
-            )
+        states: dict[str, dict[str, Tensor]] = {name: {} for name in self._masters}
+        for key, tensor in tensors.items():
+            prefix, _, rest = key.partition(".")
+            part, _, name = rest.partition(".") if prefix != "master" else ("master", "", rest)
+            if name not in states or prefix not in ("master", self._adamw.prefix):
+                raise CheckpointUnusableError(
+                    f"The optimizer state holds {key!r}, which this run doesn't have. Resume with the model and the "
+                    "train.optimizer that wrote the checkpoint."
+                )
+            states[name][part] = tensor
         with torch.no_grad():
             for name, master in self._masters.items():
+                state = states[name]
+                saved = state.pop("master", None)
                 if self._parameters[name] is not master:
-                    master.copy_(_fitting(tensors, f"master.{name}", master.shape))
-                if f"adamw.m.{name}" in tensors:
-                    self._adamw.state[master] = {
-                        "step": _fitting(tensors, f"adamw.step.{name}", torch.Size()).to(master.device, copy=True),
-                        "exp_avg": _fitting(tensors, f"adamw.m.{name}", master.shape).to(master.device, copy=True),
-                        "exp_avg_sq": _fitting(tensors, f"adamw.v.{name}", master.shape).to(master.device, copy=True),
-                    }
+                    if saved is None:
+                        raise CheckpointUnusableError(
+                            f"The optimizer state lacks 'master.{name}'. The checkpoint is incomplete; use another."
+                        )
+                    require_shape(f"master.{name}", saved, master.shape)
+                    master.copy_(saved)
+                if state:
+                    self._adamw.load(name, master, state)
 
 
 def _moves_grad_to(master: Tensor) -> Callable[[Tensor], None]:
@@ -165,12 +199,12 @@ def _moves_grad_to(master: Tensor) -> Callable[[Tensor], None]:
     return move
 
 
-def _fitting(tensors: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
-    if name not in tensors:
-        raise CheckpointUnusableError(f"The optimizer state lacks {name!r}. The checkpoint is incomplete; use another.")
-    if tensors[name].shape != shape:
-        raise CheckpointUnusableError(
-            f"The optimizer state's {name!r} has shape {list(tensors[name].shape)}, this model needs {list(shape)}. "
-            "Resume with the model that wrote the checkpoint."
-        )
-    return tensors[name].float()
+def _in_main_memory(parameter: Tensor) -> Tensor:
+    """A float32 copy, pinned where the parameter is on a GPU."""
+    copied = parameter.detach().to("cpu", torch.float32, copy=True)
+    return copied.pin_memory() if parameter.is_cuda else copied
+
+
+def _stand_in(parameter: Tensor) -> Tensor:
+    """A float32 tensor of the parameter's shape and device to hang a gradient on; it takes the memory of one number."""
+    return torch.zeros((), device=parameter.device).expand(parameter.shape)

@@ -7,9 +7,10 @@ chunks, so that no [tokens, vocabulary] tensor ever exists.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zs_fast.learn.batch import MicroBatch
@@ -42,16 +43,22 @@ def logprobs_at_loss_tokens(
 
 
 @contextmanager
-def training_mode(model: Any, *, gradient_checkpointing: bool) -> Iterator[None]:
+def training_mode(model: Any, *, gradient_checkpointing: bool, offload: bool = False) -> Iterator[None]:
     """Gradient checkpointing on inside, off outside. Otherwise the model stays in eval mode, as it samples: dropout
-    would make its log-probabilities differ from those it sampled with."""
+    would make its log-probabilities differ from those it sampled with.
+
+    offload: what checkpointing holds between forward and backward pass waits in main memory (`offload_activations`).
+    """
     if not gradient_checkpointing:
         yield
         return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+    on_gpu = next(model.parameters()).is_cuda
+    elsewhere = torch.autograd.graph.save_on_cpu(pin_memory=on_gpu) if offload else nullcontext()
     try:
-        yield
+        with elsewhere:
+            yield
     finally:
         model.eval()
         model.gradient_checkpointing_disable()

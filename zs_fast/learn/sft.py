@@ -71,6 +71,7 @@ def train_sft(
         eps=1e-8,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        kind=config.optimizer,
     )
     losses = []
     for step in range(1, config.steps + 1):

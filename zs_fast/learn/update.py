@@ -84,6 +84,7 @@ class Updater:
             eps=train.adam_eps,
             weight_decay=train.weight_decay,
             max_grad_norm=train.max_grad_norm,
+            kind=train.optimizer,
         )
         self.critic: CriticUpdater | None = None
         if roles.critic is not None:
@@ -105,7 +106,11 @@ class Updater:
         packed = batch.scored.packed
         totals = _Totals()
         learning_rate = self.optimizer.learning_rate
-        with training_mode(self.roles.policy.model, gradient_checkpointing=self.train.gradient_checkpointing):
+        with training_mode(
+            self.roles.policy.model,
+            gradient_checkpointing=self.train.gradient_checkpointing,
+            offload=self.train.offload_activations,
+        ):
             for _ in range(self.train.epochs):
                 for first, last in packed.mini_batches(self.train.mini_batches):
                     learning_rate = self.optimizer.learning_rate
