@@ -125,6 +125,16 @@ def test_advantages_against_a_group_are_verls(verl, name, seed):
     torch.testing.assert_close(ours(packed, name), theirs, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_a_group_of_one_teaches_nothing_here_and_its_reward_in_verl(verl, name):
+    packed = pack(played(4, groups=3, size=1), token_budget=10_000)
+    rectangle = Rectangle(packed)
+    theirs = rectangle.at_loss_tokens(THEIRS[name](verl.core, rectangle)[0])
+    rewards = packed.rewards[packed.sequence][packed.loss_index].float()
+    torch.testing.assert_close(theirs, rewards, rtol=1e-5, atol=1e-6)
+    assert not ours(packed, name).any()
+
+
 @pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.8)])
 def test_ppo_is_verls_gae_through_the_masked_documents(verl, gamma, lam):
     packed = pack(played(5), token_budget=10_000)
