@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -154,93 +155,8 @@ def test_groups_without_signal_are_replaced_and_a_resume_goes_on_with_the_same_q
     train(small_run(whole, **overrides))
     states = [json.loads((whole / "checkpoints" / f"step_{s}" / "trainer.json").read_text()) for s in (1, 2, 3)]
     played = [state["batches_played"] for state in states]
-    assert played[-1] > 3 and all(
-        later - earlier in (1, 2, 3) for earlier, later in zip([0, *played], played, strict=False)
-    )
-    resumed = tmp_path / "resumed"
-    shutil.copytree(whole_run, resumed)
-    for later in range(step + 1, STEPS + 1):
-        shutil.rmtree(resumed / "checkpoints" / f"step_{later}")
-    (resumed / "summary.json").unlink()
-    train(small_run(resumed), resume=True)
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        assert (resumed / name).read_bytes() == (whole_run / name).read_bytes(), name
-    assert weights(resumed) == weights(whole_run)
-
-
-def test_a_finished_run_is_not_overwritten(whole_run):
-    with pytest.raises(ConfigError, match="--resume"):
-        train(small_run(whole_run))
-
-
-def test_resume_with_another_learning_rate_is_refused(whole_run, tmp_path):
-    shutil.copytree(whole_run, tmp_path / "copy")
-    with pytest.raises(CheckpointUnusableError, match=r"train\.learning_rate"):
-        train(small_run(tmp_path / "copy", **{"train.learning_rate": 1e-5}), resume=True)
-
-
-def test_a_missing_model_leaves_no_run_behind(tmp_path):
-    with pytest.raises(PreflightError, match="no_such_model"):
-        train(small_run(tmp_path / "run", **{"model.path": "no_such_model"}))
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def test_a_dead_remote_simulator_is_found_before_the_first_rollout(tmp_path):
-    remote = {"simulator.kind": "openai", "simulator.url": "http://127.0.0.1:9/v1", "simulator.max_retries": 0}
-    with pytest.raises(PreflightError, match=r"127\.0\.0\.1:9"):
-        train(small_run(tmp_path / "run", **remote))
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-ADAPTER = {
-    "model.lora_rank": 4,
-    "simulator.kind": "policy",
-    "simulator.template": "prompted",
-    "simulator.max_new_tokens": 8,
-    "train.learning_rate": 3e-3,
-    "train.steps": 3,
-    "eval.search": "simulator",
-}
-
-
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
-def test_a_run_with_adapters_goes_on_from_each_step_as_if_it_had_never_stopped(algorithm, tmp_path):
-    overrides = ADAPTER | {"algorithm.name": algorithm}
-    whole = tmp_path / "whole"
-    train(small_run(whole, **overrides))
-    for step in (1, 2):
-        resumed = tmp_path / f"from_{step}"
-        shutil.copytree(whole, resumed)
-        for later in range(step + 1, 4):
-            shutil.rmtree(resumed / "checkpoints" / f"step_{later}")
-        train(small_run(resumed, **overrides), resume=True)
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            assert (resumed / name).read_bytes() == (whole / name).read_bytes(), (step, name)
-        for file in ("model/adapter_model.safetensors", "trainer.safetensors"):
-            last = Path("checkpoints") / "step_3" / file
-            assert (resumed / last).read_bytes() == (whole / last).read_bytes(), (step, file)
-    assert not list(whole.rglob("model.safetensors")), "checkpoints hold the adapter alone"
-    evaluated = evaluate_run(
-        small_run(tmp_path / "evaluated", **ADAPTER | {"model.path": whole / "checkpoints" / "step_3" / "model"})
-    )
-    assert evaluated["simulator"] == "quickstart:policy"
-    summary = json.loads((whole / "summary.json").read_text())
-    assert evaluated["results"]["simulator"]["f1"] == pytest.approx(summary["f1_after"])
-
-
-def test_groups_without_signal_are_replaced_and_a_resume_goes_on_with_the_same_questions(tmp_path):
-    """DAPO's dynamic sampling: of questions all of whose trajectories earn the same, others take the place."""
-    overrides = {"algorithm.name": "dapo", "simulator.kind": "bm25", "train.steps": 3, "train.mini_batches": 1}
-    whole = tmp_path / "whole"
-    train(small_run(whole, **overrides))
-    states = [json.loads((whole / "checkpoints" / f"step_{s}" / "trainer.json").read_text()) for s in (1, 2, 3)]
-    played = [state["batches_played"] for state in states]
-    assert played[-1] > 3 and all(
-        later - earlier in (1, 2, 3) for earlier, later in zip([0, *played], played, strict=False)
-    )
-    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    first = next(row for row in rows if row["step"] == 1 and "reward/mean" in row)
-    assert first["trajectories"] == 4 * played[0], "all that was played is counted"
+    added = [later - earlier for earlier, later in pairwise([0, *played])]
+    assert played[-1] > 3 and set(added) <= {1, 2, 3}
     resumed = tmp_path / "resumed"
     shutil.copytree(whole, resumed)
     for later in (2, 3):
