@@ -39,6 +39,9 @@ class ModelConfig(Section):
     """Type of the weights in memory."""
     device: str = "auto"
     """`auto` (CUDA when there is one), `cpu`, `cuda`, `cuda:0`, ..."""
+    attention: Literal["auto", "torch_varlen", "flash_attn", "xformers", "per_segment"] = "auto"
+    """How the packed update attends: torch's own variable-length kernel, flash-attn's or xformers' (CUDA, bfloat16
+    weights; unmeasured), or one call per sequence. `auto` takes the first that serves, on a CPU the last."""
     chat_template: bool = True
     """Wrap the prompt in the tokenizer's chat template when it has one."""
 

@@ -21,6 +21,7 @@ import torch
 
 import zs_fast
 from zs_fast import host
+from zs_fast.models.varlen import describe
 
 SHOWN_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pydantic", "numpy", "vllm")
 PACKAGE = Path(zs_fast.__file__).resolve().parent
@@ -29,14 +30,15 @@ LOW_DISK_BYTES = 5 * 2**30
 
 def examine() -> dict[str, Any]:
     """Everything found, as one JSON object; `missing` lists what is absent, each with what it is for and its fix."""
+    devices = _devices()
     report: dict[str, Any] = {
         "zs_fast": zs_fast.__version__,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in SHOWN_PACKAGES},
-        "devices": _devices(),
+        "devices": devices,
         "triton": _triton(),
         "compiled": _compiled(),
-        "attention": "per-segment scaled dot product attention of torch, no attention mask, on every device",
+        "attention": {device["name"]: describe(device["name"]) for device in devices},
         "vllm": _version("vllm") or "not installed",
         "extras": {name: _absent(requirements) for name, requirements in _extras().items()},
         "memory_bytes": _memory_bytes(),
@@ -56,7 +58,7 @@ def render(report: Mapping[str, Any], *, brief: bool = False) -> str:
     if not brief:
         lines.append(f"versions   {versions}")
         lines.append(f"triton     {report['triton']['detail']}")
-        lines.append(f"attention  {report['attention']}")
+        lines += [f"attention  {name}: {choice}" for name, choice in report["attention"].items()]
         lines.append(f"vllm       {report['vllm']}")
         lines += [
             f"extra      [{n}] {'lacks ' + ', '.join(a) if a else 'complete'}" for n, a in report["extras"].items()

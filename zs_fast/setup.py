@@ -11,6 +11,7 @@ import torch
 
 from zs_fast.config import RunConfig, SamplingConfig
 from zs_fast.errors import PreflightError
+from zs_fast.models.attention import use_attention
 from zs_fast.models.load import (
     DTYPES,
     LoadedModel,
@@ -58,10 +59,16 @@ class Arena:
 
 
 def use_device(config: RunConfig) -> torch.device:
-    """The device of `model.device`, after setting torch's number of CPU threads.
+    """The device of `model.device`, after setting torch's number of CPU threads and the packed update's attention.
 
     With several processes each has a GPU of its own, counted by torchrun's LOCAL_RANK on every machine.
     """
+    device = _device(config)
+    use_attention(config.model.attention, device, DTYPES[config.model.dtype])
+    return device
+
+
+def _device(config: RunConfig) -> torch.device:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.model.device)

@@ -22,6 +22,7 @@ from zs_fast.learn.algorithms import credit, has_signal
 from zs_fast.learn.critic import Critic
 from zs_fast.learn.roles import Roles, score
 from zs_fast.learn.update import Updater
+from zs_fast.models.attention import use_attention
 from zs_fast.models.load import DTYPES, LoadedModel, load_model, on_same_base, resolve_path, save_model
 from zs_fast.models.lora import adapter_rank, is_adapter_folder, load_adapter, read_adapter
 from zs_fast.ranks import check_recipe, hold_run_folder, pack_share, play
@@ -130,6 +131,9 @@ class _Run:
         self.log = stack.enter_context(self._open_log())
         for warning in self.log.truncate(checkpoint.step if checkpoint else -1) + store.warnings:
             self.log.note(warning)
+        if device.type == "cuda":
+            dtype = DTYPES[config.model.dtype]
+            self.log.note(f"attention of the update: {use_attention(config.model.attention, device, dtype)}")
         if is_main():
             write_config(config, output / "config.toml")
             write_environment(output, device)

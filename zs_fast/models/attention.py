@@ -8,7 +8,6 @@ passes a `PackedAttention`; the embedded engine passes its own state over key-va
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from zs_fast.errors import EngineError
+from zs_fast.models.varlen import Choice, Segments, choose
 
 ATTENTION_NAME = "zs_fast"
 
@@ -36,37 +36,54 @@ class PackedAttention:
     """Causal attention inside each packed sequence, for forward and backward. No mask is ever built.
 
     `cu_seqlens` are the S + 1 cumulative lengths of the S sequences: [0, 3, 5] packs one of 3 and one of 2 tokens.
+    `door` names the kernel (see models/varlen.py); by default it is the run's, as `use_attention` set it.
     """
 
-    def __init__(self, cu_seqlens: Sequence[int]) -> None:
-        bounds = [int(bound) for bound in cu_seqlens]
-        if len(bounds) < 2 or bounds[0] != 0 or any(a >= b for a, b in pairwise(bounds)):
-            raise ValueError(f"cu_seqlens must start at 0 and rise strictly, got {bounds[:8]}")
-        self.lengths = [b - a for a, b in pairwise(bounds)]
-        self.num_tokens = bounds[-1]
+    def __init__(self, cu_seqlens: Sequence[int], door: str | None = None) -> None:
+        self._segments = Segments(tuple(int(bound) for bound in cu_seqlens))
+        self._wanted = _Wanted.door if door is None else door
+        self._choice: Choice | None = None
 
     def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        if query.shape[2] != self.num_tokens:
-            raise ValueError(f"attention over {query.shape[2]} tokens, but cu_seqlens end at {self.num_tokens}")
-        return self._per_sequence(query, key, value, scaling)
+        if query.shape[2] != self._segments.num_tokens:
+            raise ValueError(
+                f"attention over {query.shape[2]} tokens, but cu_seqlens end at {self._segments.num_tokens}"
+            )
+        if self._choice is None:
+            self._choice = choose(self._wanted, query.device, query.dtype, query.shape[3])
+        if self._choice.door is None:
+            return self._per_segment(query, key, value, scaling)
+        tokens_first = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        return self._choice.door.attend(self._segments, *tokens_first, scaling)[None]
 
-    def _per_sequence(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """One scaled-dot-product call per sequence: exact, and cheaper than a [T, T] mask on every device.
-
-        A variable-length kernel (one call for all sequences on CUDA) has its place beside this function.
-        """
+    def _per_segment(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """One scaled-dot-product call per sequence: exact, and cheaper than a [T, T] mask on every device."""
         grouped = query.shape[1] != key.shape[1]
+        lengths = self._segments.lengths
         outputs = [
             F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
             for q, k, v in zip(
-                query.split(self.lengths, dim=2),
-                key.split(self.lengths, dim=2),
-                value.split(self.lengths, dim=2),
-                strict=True,
+                query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True
             )
         ]
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         return joined.transpose(1, 2)
+
+
+class _Wanted:
+    """The process's setting, like its number of threads."""
+
+    door = "auto"
+
+
+def use_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """From now on packed forwards take this door (`model.attention`); a sentence that names what that is and why.
+
+    Raises PreflightError where a named door can't be taken on this device by weights of this type.
+    """
+    choice = choose(wanted, device, dtype)
+    _Wanted.door = wanted
+    return f"{choice.name} ({choice.reason})"
 
 
 def _attention(

@@ -1,0 +1,59 @@
+"""Every installed variable-length kernel against one call of torch's attention per sequence, on the card."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from zs_fast.models.attention import PackedAttention
+from zs_fast.models.varlen import DOORS, choose
+from zs_fast.testing import tiny_model
+
+LENGTHS = [1, 33, 700, 128, 2049]
+BOUNDS = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+
+
+def outputs_and_gradients(door, heads, kv_heads, head_dim, dtype):
+    draws = torch.Generator(device="cuda").manual_seed(0)
+    inputs = [
+        torch.randn(1, BOUNDS[-1], number, head_dim, generator=draws, device="cuda")
+        .to(dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+        for number in (heads, kv_heads, kv_heads)
+    ]
+    output = PackedAttention(BOUNDS, door).attend(0, *inputs, head_dim**-0.5)
+    weights = torch.randn(output.shape, generator=draws, device="cuda").to(dtype)
+    return [output, *torch.autograd.grad(output, inputs, weights)]
+
+
+@pytest.mark.parametrize("door", list(DOORS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(9, 3, 64), (16, 2, 128), (8, 8, 96), (4, 1, 256)])
+def test_door_agrees_with_per_segment(door, dtype, heads, kv_heads, head_dim):
+    if DOORS[door].missing:
+        pytest.skip(DOORS[door].missing)
+    assert choose(door, torch.device("cuda", 0), dtype, head_dim).name == door
+    found = outputs_and_gradients(door, heads, kv_heads, head_dim, dtype)
+    expected = outputs_and_gradients("per_segment", heads, kv_heads, head_dim, dtype)
+    for one, other in zip(found, expected, strict=True):
+        error = torch.linalg.vector_norm((one - other).float()) / torch.linalg.vector_norm(other.float())
+        assert error < 2e-2
+
+
+@pytest.mark.parametrize("door", list(DOORS))
+def test_a_model_runs_through_the_door(door):
+    if DOORS[door].missing:
+        pytest.skip(DOORS[door].missing)
+    model = tiny_model("qwen2").model.to("cuda", torch.bfloat16)
+    ids = torch.randint(0, 259, (1, BOUNDS[-1]), device="cuda")
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None].cuda()
+
+    def hidden(name):
+        state = PackedAttention(BOUNDS, name)
+        return model.model(
+            input_ids=ids, position_ids=positions, use_cache=False, attention_state=state
+        ).last_hidden_state
+
+    found, expected = hidden(door).float(), hidden("per_segment").float()
+    assert torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected) < 2e-2
