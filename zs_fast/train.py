@@ -168,7 +168,7 @@ class _Run:
                 self.publisher.publish(step)
             searches = [turn.search for group in groups for t in group.trajectories for turn in t.turns if turn.search]
             metrics = {"curriculum/noise_probability": noise} | rollout_metrics(groups) | search_statistics(searches)
-            timings = largest(self.memory.take())
+            timings = largest(self.memory.take() | self.updater.timings())
             log.step(step, metrics | dict(stats.values), timings | self._rates(groups, timings), groups)
             if self._is_due(config.train.eval_every, step):
                 with self._kept_on_failure(step):

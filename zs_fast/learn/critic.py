@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zs_fast.config import CriticConfig, TrainConfig
 from zs_fast.errors import CheckpointUnusableError, ConfigError
 from zs_fast.learn.batch import MicroBatch, TrainBatch
+from zs_fast.learn.micro_step import MicroSteps
 from zs_fast.learn.optimizer import Optimizer, Schedule
 from zs_fast.learn.policy import hidden_states, training_mode
 from zs_fast.models.load import LoadedModel
@@ -78,6 +79,7 @@ class CriticUpdater:
     ) -> None:
         """whole_response: learn values at document tokens too (`algorithm.legacy`)."""
         self.critic, self.config, self.train, self.whole_response = critic, config, train, whole_response
+        self.micro_steps = MicroSteps()
         schedule = Schedule(
             peak=config.learning_rate,
             warmup_steps=config.warmup_steps,
@@ -124,21 +126,33 @@ class CriticUpdater:
         """The step's sums; empty where it was left out (no loss token, or a number that is not finite)."""
         packed = batch.scored.packed
         assert batch.returns is not None and batch.scored.old_values is not None, "a critic needs returns to train to"
-        micros = list(packed.micro_batches(packed.token_budget, first, last))
-        places = [micro.response_index() if self.whole_response else micro.loss_index for micro in micros]
-        tokens = all_reduce_sums({"tokens": sum(index.numel() for index in places)})["tokens"]
-        sums = torch.zeros(4, device=packed.inputs.device)
-        for micro, index in zip(micros, places, strict=True):
+        old_values, returns = batch.scored.old_values, batch.returns
+
+        def learns_at(micro: MicroBatch) -> Tensor:
+            return micro.response_index() if self.whole_response else micro.loss_index
+
+        micros = packed.micro_batches(packed.token_budget, first, last)
+        tokens = all_reduce_sums({"tokens": sum(learns_at(micro).numel() for micro in micros)})["tokens"]
+
+        def forward_and_backward(micro: MicroBatch) -> dict[str, Tensor]:
+            index = learns_at(micro)
             values = self.critic.values(micro, index)
             result = value_loss(
                 values,
-                batch.scored.old_values[micro.tokens][index],
-                batch.returns[micro.tokens][index],
+                old_values[micro.tokens][index],
+                returns[micro.tokens][index],
                 torch.full_like(values, 1.0 / tokens, requires_grad=False),
                 clip_range=self.config.value_clip,
             )
             torch.autograd.backward(result.loss)
-            sums[:3] += torch.stack([result.loss.detach(), result.value_sum, result.clipped])
+            return {"sums": torch.stack([result.loss.detach(), result.value_sum, result.clipped])}
+
+        found = self.micro_steps.run(
+            packed, first, last, step=forward_and_backward, drop_gradients=self.optimizer.drop_gradients
+        )
+        sums = torch.zeros(4, device=packed.inputs.device)
+        if found:  # a rank may hold no loss token
+            sums[:3] = found["sums"]
         self.optimizer.sum_gradients()
         sums[3] = self.optimizer.clip_gradients()
         loss, value, clipped, grad_norm = sums.tolist()

@@ -98,6 +98,12 @@ class Optimizer:
         for name, master in self._masters.items():
             master.grad = self._holders[name].grad = None
 
+    def drop_gradients(self) -> None:
+        """As `zero_grad`, also after a backward pass that died between a parameter's gradient and its master's."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        self.zero_grad()
+
     def sum_gradients(self) -> None:
         """Add up the gradients of all ranks; every rank then holds the same bits. No host sync.
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from zs_fast.config import AlgorithmConfig, CriticConfig, TrainConfig
 from zs_fast.errors import CheckpointUnusableError, ConfigError, EngineError
-from zs_fast.learn.batch import TrainBatch
+from zs_fast.learn.batch import MicroBatch, TrainBatch
 from zs_fast.learn.critic import CriticUpdater
 from zs_fast.learn.losses import MiniBatchSize, micro_batch_loss
+from zs_fast.learn.micro_step import MicroSteps
 from zs_fast.learn.optimizer import Optimizer, Schedule
 from zs_fast.learn.policy import training_mode
 from zs_fast.learn.roles import Roles
@@ -86,6 +87,7 @@ class Updater:
             max_grad_norm=train.max_grad_norm,
             kind=train.optimizer,
         )
+        self.micro_steps = MicroSteps()
         self.critic: CriticUpdater | None = None
         if roles.critic is not None:
             self.critic = CriticUpdater(
@@ -149,6 +151,15 @@ class Updater:
             error = min(max(values["kl/reference"] / target - 1.0, -0.2), 0.2)
             self.kl_coefficient *= 1.0 + 0.1 * error
 
+    def timings(self) -> dict[str, float]:
+        """What the machine made of the updates so far, for timings.jsonl.
+
+        update/oom_splits    micro batches that did not fit into memory, so that smaller ones were taken; they change
+                             the gradient's rounding, as another train.token_budget would
+        """
+        splits = self.micro_steps.splits + (self.critic.micro_steps.splits if self.critic is not None else 0)
+        return {"update/oom_splits": float(splits)}
+
     def state_tensors(self) -> dict[str, Tensor]:
         """AdamW's moments and step counts (and float32 masters of narrower weights), by parameter name; the same of a
         critic, and its weights."""
@@ -206,8 +217,8 @@ class Updater:
             self.optimizer.skip()
             totals.empty_steps += 1
             return
-        device_sums: dict[str, Tensor] = {}
-        for micro in packed.micro_batches(packed.token_budget, first, last):
+
+        def forward_and_backward(micro: MicroBatch) -> dict[str, Tensor]:
             loss, sums = micro_batch_loss(
                 model,
                 micro,
@@ -218,8 +229,11 @@ class Updater:
                 reference=None if self.roles.reference is None else self.roles.reference.model,
             )
             torch.autograd.backward(loss)
-            for name, value in (sums | {"loss": loss.detach()}).items():
-                device_sums[name] = device_sums[name] + value if name in device_sums else value
+            return sums | {"loss": loss.detach()}
+
+        device_sums = self.micro_steps.run(
+            packed, first, last, step=forward_and_backward, drop_gradients=self.optimizer.drop_gradients
+        )
         self.optimizer.sum_gradients()
         grad_norm = self.optimizer.clip_gradients()
         names = sorted(device_sums)

@@ -1,0 +1,97 @@
+"""Forward and backward passes of a mini batch that fit into memory, whatever its token budget promised.
+
+A micro batch that runs out of memory may have left the gradients of some weights behind and not those of others. So the
+gradients are dropped and the mini batch starts over with micro batches of half the size: the result is exactly that of
+a run which had the smaller token budget from the start, no second copy of the gradients is ever held, and the smaller
+budget stays, so that a run pays a few times at most.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from zs_fast.errors import MemoryBudgetError
+from zs_fast.learn.batch import MicroBatch, PackedBatch
+from zs_fast.system.distributed import largest, world_size
+
+CUBLAS_FAILURE = "CUBLAS_STATUS_ALLOC_FAILED"
+"""What cuBLAS says, in a plain RuntimeError, where its workspace no longer fits."""
+
+
+class MicroSteps:
+    """Cuts mini batches to what fits; one object per trained model, for the whole run."""
+
+    def __init__(self) -> None:
+        self.splits = 0
+        """Micro batches that ran out of memory so far, on this rank. A fact of the machine, not of config and seed."""
+        self.token_budget: int | None = None
+        """Most tokens in one micro batch, once one did not fit; None while the batch's own budget does."""
+
+    def run(
+        self,
+        packed: PackedBatch,
+        first: int,
+        last: int,
+        *,
+        step: Callable[[MicroBatch], Mapping[str, Tensor]],
+        drop_gradients: Callable[[], None],
+    ) -> dict[str, Tensor]:
+        """The sums of what `step` returns, over the micro batches of sequences first .. last - 1; no host sync.
+
+        `step` runs forward and backward on a micro batch; `drop_gradients` undoes what it added to gradients since the
+        mini batch began. Raises MemoryBudgetError when a single sequence does not fit.
+        """
+        self._agree()
+        while True:
+            failed = self._attempt(packed, first, last, step)
+            if not isinstance(failed, _Failed):
+                return failed
+            drop_gradients()
+            gc.collect()  # an error's traceback and its frames hold the activations, in a cycle
+            self.splits += 1
+            if failed.num_sequences == 1:
+                raise MemoryBudgetError(
+                    f"A single trajectory of {failed.num_tokens} tokens does not fit into memory in the update "
+                    f"({failed.said}). A smaller train.token_budget does not help, a trajectory is never cut: lower "
+                    "game.max_context_tokens, set train.gradient_checkpointing = true, free memory "
+                    "(engine.release_kv = true), or train an adapter (model.lora_rank)."
+                )
+            self.token_budget = (failed.num_tokens + 1) // 2
+
+    def _attempt(
+        self, packed: PackedBatch, first: int, last: int, step: Callable[[MicroBatch], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor] | _Failed:
+        sums: dict[str, Tensor] = {}
+        budget = packed.token_budget if self.token_budget is None else min(self.token_budget, packed.token_budget)
+        for micro in packed.micro_batches(budget, first, last):
+            try:
+                found = step(micro)
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and CUBLAS_FAILURE not in str(error):
+                    raise
+                return _Failed(micro, str(error))
+            for name, value in found.items():
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    def _agree(self) -> None:
+        """All ranks take the smallest budget of any. Between mini batches alone: within one, no rank waits for another,
+        since gradients are summed at its end."""
+        if world_size() > 1:
+            without_limit = float(2**62)
+            mine = without_limit if self.token_budget is None else float(self.token_budget)
+            smallest = -largest({"token_budget": -mine})["token_budget"]
+            self.token_budget = None if smallest == without_limit else int(smallest)
+
+
+class _Failed:
+    """What is kept of a micro batch that did not fit: no tensors, and no traceback."""
+
+    def __init__(self, micro: MicroBatch, said: str) -> None:
+        self.num_tokens = micro.num_tokens
+        self.num_sequences = len(micro.cu_seqlens) - 1
+        self.said = (said.strip().splitlines() or ["out of memory"])[0][:200]
