@@ -6,6 +6,7 @@ line on stderr and its own exit code; ZS_FAST_TRACEBACK=1 shows the traceback to
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -34,7 +35,7 @@ RECIPE is a name ({recipes}) or a path to a .toml file; several merge left to ri
 `zs-fast train --help` lists every field of a recipe; each is a flag, as in --train.steps 20.
 Common: --output DIR, --data FILE, --seed N, --resume, --json (the last stdout line is one JSON document).
 """
-SUBJECTS = ("ops",)
+SUBJECTS = ("ops", "train_step")
 SPEAKING_TIME_S = 60.0
 """Longest time that the process which reports an error gets to close its files and do so."""
 MISSING_EXTRA = "zs-fast {command} needs the package {package}, which is not installed: pip install 'zs-fast[train]'"
@@ -252,9 +253,8 @@ def _bench(words: list[str]) -> int:
         raise ConfigError(f"zs-fast bench {subject or ''}: the subjects are {', '.join(SUBJECTS)}")
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
-    from bench.ops import main as run_ops
-
-    summary = run_ops([word for word in words if word not in (subject, "--json")])
+    run_subject = importlib.import_module(f"bench.{subject}").main
+    summary = run_subject([word for word in words if word not in (subject, "--json")])
     if "--json" in words:
         print(_as_json(summary))
     return 0

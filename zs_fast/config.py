@@ -42,6 +42,9 @@ class ModelConfig(Section):
     attention: Literal["auto", "torch_varlen", "flash_attn", "xformers", "per_segment"] = "auto"
     """How the packed update attends: torch's own variable-length kernel, flash-attn's or xformers' (CUDA, bfloat16
     weights; unmeasured), or one call per sequence. `auto` takes the first that serves, on a CPU the last."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's fused norms, MLPs and rotary embedding, never its loss; `auto` takes them on CUDA where the package is
+    installed (unmeasured)."""
     chat_template: bool = True
     """Wrap the prompt in the tokenizer's chat template when it has one."""
 

@@ -12,6 +12,7 @@ import torch
 from zs_fast.config import RunConfig, SamplingConfig
 from zs_fast.errors import PreflightError
 from zs_fast.models.attention import use_attention
+from zs_fast.models.liger import use_liger
 from zs_fast.models.load import (
     DTYPES,
     LoadedModel,
@@ -59,12 +60,13 @@ class Arena:
 
 
 def use_device(config: RunConfig) -> torch.device:
-    """The device of `model.device`, after setting torch's number of CPU threads and the packed update's attention.
+    """The device of `model.device`, after setting torch's number of CPU threads, and which kernels the models take.
 
     With several processes each has a GPU of its own, counted by torchrun's LOCAL_RANK on every machine.
     """
     device = _device(config)
     use_attention(config.model.attention, device, DTYPES[config.model.dtype])
+    use_liger(config.model.liger, device)
     return device
 
 

@@ -1,10 +1,16 @@
-"""Every installed variable-length kernel against one call of torch's attention per sequence, on the card."""
+"""Every installed variable-length kernel against one call of torch's attention per sequence, on the card; and Liger's
+layers against transformers' own."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
 
+pytest.importorskip("transformers")  # `scripts/gpu.sh ops` runs without it too
+
+from zs_fast.models import liger
 from zs_fast.models.attention import PackedAttention
 from zs_fast.models.varlen import DOORS, choose
 from zs_fast.testing import tiny_model
@@ -57,3 +63,27 @@ def test_a_model_runs_through_the_door(door):
 
     found, expected = hidden(door).float(), hidden("per_segment").float()
     assert torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected) < 2e-2
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_liger_layers_agree_with_those_of_transformers(kind, dtype, tolerance, monkeypatch):
+    if reason := liger.missing():
+        pytest.skip(reason)
+    model = tiny_model(kind).model.to("cuda", dtype)
+    modeling = sys.modules[type(model).__module__]
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)
+    ids = torch.randint(0, 259, (1, BOUNDS[-1]), device="cuda")
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None].cuda()
+
+    def results():
+        model.zero_grad()
+        state = PackedAttention(BOUNDS, "per_segment")
+        output = model.model(input_ids=ids, position_ids=positions, use_cache=False, attention_state=state)
+        output.last_hidden_state.float().square().sum().backward()
+        return [output.last_hidden_state.detach(), *(p.grad.clone() for p in model.model.parameters())]
+
+    expected = results()
+    liger.fuse_layers(model)
+    for one, other in zip(results(), expected, strict=True):
+        assert torch.linalg.vector_norm((one - other).float()) <= tolerance * torch.linalg.vector_norm(other.float())

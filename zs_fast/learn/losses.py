@@ -54,7 +54,7 @@ def token_weights(micro: MicroBatch, size: MiniBatchSize, aggregation: str) -> T
         "seq-mean-token-mean": 1.0 / (size.sequences * lengths),
         "seq-mean-token-sum-norm": torch.full_like(lengths, 1.0 / (size.sequences * size.longest)),
     }[aggregation]
-    return per_sequence.repeat_interleave(lengths.long()).to(micro.loss_index.device)
+    return per_sequence.repeat_interleave(lengths.long()).to(micro.loss_index.device, non_blocking=True)
 
 
 def micro_batch_loss(
@@ -111,7 +111,7 @@ def micro_batch_loss(
             importance_weights=importance,
             ref_logprobs=ref_logprobs,
             entropy=scored.entropy,
-            cu_seqlens=torch.tensor(micro.loss_cu_seqlens, device=hidden.device),
+            cu_seqlens=torch.tensor(micro.loss_cu_seqlens).to(hidden.device, non_blocking=True),
             **settings._asdict(),
         )
         loss, metrics = result.loss, {name: getattr(result, name) for name in METRICS}
@@ -175,7 +175,7 @@ def _against_sampler(
     return importance_weights(
         logprobs,
         rollout_logprobs,
-        cu_seqlens=torch.tensor(micro.loss_cu_seqlens, device=logprobs.device),
+        cu_seqlens=torch.tensor(micro.loss_cu_seqlens).to(logprobs.device, non_blocking=True),
         level="token" if config.correction == "none" else config.correction,
         bound=config.correction_mode,
         low=config.correction_low if config.correction_mode == "mask" else 0.0,

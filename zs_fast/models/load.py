@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from zs_fast.errors import PreflightError
 from zs_fast.models.attention import ATTENTION_NAME
+from zs_fast.models.liger import fuse_if_on
 from zs_fast.models.lora import (
     CONFIG_FILE,
     adapter_rank,
@@ -164,6 +165,7 @@ def load_model(
     if source.is_file():
         _forget_gguf(model)
     model.to(torch_device).eval()
+    fuse_if_on(model)
     return LoadedModel(model=model, tokenizer=tokenizer, path=source, name=name)
 
 
@@ -189,6 +191,7 @@ def load_skeleton(path: str | Path, *, dtype: torch.dtype | str = "float32") -> 
     _check_tokenizer(tokenizer, model, name)
     _check_complete(_differences(model, shapes), name)
     model.name_or_path = str(folder)
+    fuse_if_on(model)
     return LoadedModel(model=model.eval(), tokenizer=tokenizer, path=folder, name=name)
 
 
