@@ -268,6 +268,8 @@ class CriticConfig(Section):
     """Peak learning rate of its AdamW; it falls as the policy's does."""
     warmup_steps: NonNegative = 0
     """Linear warm-up of the learning rate, in optimizer steps."""
+    epochs: Positive | None = None
+    """Its passes over a rollout batch, which may be more than the policy's; left out: train.epochs."""
     value_clip: Annotated[float, Field(gt=0)] = 0.5
     """How far an update may take a value from the one it had in the rollout before the loss stops to follow."""
 
@@ -404,6 +406,21 @@ class SftConfig(Section):
     """Longer examples are an error that names the row, unless skip_long."""
     skip_long: bool = False
     """Leave out examples over max_tokens, and say how many."""
+    validation_data: str = ""
+    """Examples that are scored and not learnt; the same forms as `data`."""
+    validation_fraction: Decay = 0.0
+    """Without validation_data: share of the examples in `data` that is held back to be scored, drawn from the seed."""
+    validate_every: NonNegative = 0
+    """Steps between validations; 0 validates before the first step and after the last alone."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SftConfig:
+        if self.validation_data and self.validation_fraction:
+            raise ValueError(
+                f"sft.validation_data is {self.validation_data!r} and sft.validation_fraction "
+                f"{self.validation_fraction}: the examples to validate with come from one of the two. Leave one out."
+            )
+        return self
 
 
 class RunConfig(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,8 +22,9 @@ from zs_fast.models.load import (
     resolve_device,
     resolve_path,
     whole_model,
+    with_trained_weights,
 )
-from zs_fast.models.lora import adapter_rank, attach_adapter, read_adapter
+from zs_fast.models.lora import adapter_rank, read_adapter
 from zs_fast.rollout.engine import LocalEngine
 from zs_fast.rollout.openai_engine import OpenAIEngine
 from zs_fast.rollout.play import Player
@@ -105,16 +106,8 @@ def load_policy(config: RunConfig, device: torch.device) -> LoadedModel:
     """The model to train, for `build_arena` to serve: with `model.lora_rank` a new adapter on frozen weights, and from
     a peft folder the adapter that is there."""
     loaded = load_served(config.model.path, config, device)
-    rank, present = config.model.lora_rank, adapter_rank(loaded.model)
-    if present and rank not in (0, present):
-        raise PreflightError(
-            f"model.lora_rank is {rank}, but the adapter in {config.model.path!r} has rank {present}. Leave "
-            "model.lora_rank out, or name the base model as model.path."
-        )
-    if rank and not present:
-        seed = seed_for(config.seed, step=0, role=Role.POLICY, purpose="adapter")
-        attach_adapter(loaded.model, rank, targets=config.model.lora_targets, seed=seed)
-        loaded = replace(loaded, base_name=loaded.name)
+    seed = seed_for(config.seed, role=Role.POLICY, purpose="adapter")
+    loaded = with_trained_weights(loaded, config.model, seed=seed)
     if config.simulator.adapter and not adapter_rank(loaded.model):
         raise PreflightError(
             f"simulator.adapter is {config.simulator.adapter!r}, an adapter on the policy's base, but model.lora_rank "

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from zs_fast.config import SftConfig
-from zs_fast.errors import DataError
-from zs_fast.learn.sft import SftStep, train_sft
+from zs_fast.errors import ConfigError, DataError
+from zs_fast.learn.sft import SftStep, SftValidation, sft_command, train_sft, validation_loss
 from zs_fast.learn.sft_data import Message, SftExample, encode_conversation, read_conversations
+from zs_fast.models.load import load_model, save_model
+from zs_fast.models.lora import adapter_rank
+from zs_fast.recipe_files import load_recipe
 from zs_fast.testing import byte_tokenizer, tiny_model
 
 
@@ -75,6 +78,95 @@ def test_steps_are_reported_and_a_non_finite_one_is_skipped() -> None:
     train_sft(model, EXAMPLES, SftConfig(steps=2, batch_size=1), seed=0, on_step=steps.append)
     assert [step.skipped for step in steps] == [True, True] and [step.step for step in steps] == [1, 2]
     assert all(torch.equal(a, b) for a, b in zip(before, model.model.parameters(), strict=True))
+
+
+def test_validation_scores_what_is_not_learnt_and_changes_nothing() -> None:
+    """The loss of held-out examples is that of a step on them alone, and training goes as it does without."""
+    held_out, learnt = EXAMPLES[:1], EXAMPLES[1:]
+    config = SftConfig(steps=5, batch_size=2, learning_rate=1e-2, validate_every=2)
+    seen: list[SftValidation] = []
+    model = small()
+    losses = train_sft(
+        model,
+        learnt,
+        config,
+        seed=0,
+        validation=held_out,
+        quality=lambda judged: {"same": float(judged is model)},
+        on_validation=seen.append,
+    )
+    assert losses == train_sft(small(), learnt, config, seed=0)
+    assert [found.step for found in seen] == [0, 2, 4, 5] and all(found.quality == {"same": 1.0} for found in seen)
+    (alone,) = train_sft(small(), held_out, SftConfig(steps=1, batch_size=1), seed=0)
+    assert seen[0].loss == pytest.approx(alone, rel=1e-6)
+    both = train_sft(small(), EXAMPLES, SftConfig(steps=1, batch_size=3), seed=0)
+    assert validation_loss(small(), EXAMPLES, token_budget=1) == pytest.approx(both[0], rel=1e-6)
+    unasked: list[SftValidation] = []
+    train_sft(small(), learnt, config, seed=0, quality=lambda _: {"x": 1.0}, on_validation=unasked.append)
+    assert [found.loss for found in unasked] == [None] * 4
+
+
+def test_a_validation_example_that_is_too_long_is_named() -> None:
+    config = SftConfig(steps=1, batch_size=1, max_tokens=4)
+    with pytest.raises(DataError, match="validation example 1 has 9 tokens"):
+        train_sft(small(), EXAMPLES[:1], config, seed=0, validation=[example("abcd", "wxyz")])
+
+
+@pytest.fixture
+def sft_files(tmp_path: Path) -> Path:
+    save_model(small(), tmp_path / "base")
+    rows = [{"prompt": f"{n}?", "completion": "yes" if n % 2 else "no"} for n in range(12)]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return tmp_path
+
+
+def command(folder: Path, name: str, quality=None, **overrides: object) -> dict:  # type: ignore[no-untyped-def]
+    given = {
+        "output": folder / name,
+        "data": folder / "data.jsonl",
+        "model.path": folder / "base",
+        "sft.steps": 30,
+        "sft.batch_size": 4,
+        "sft.learning_rate": 1e-2,
+    }
+    config = load_recipe([], {key: [str(value)] for key, value in (given | overrides).items()})
+    return sft_command(config, torch.device("cpu"), quality=quality)
+
+
+def test_an_adapter_is_learnt_saved_and_learnt_further(sft_files: Path) -> None:
+    options = {"model.lora_rank": 4, "sft.validation_fraction": 0.25, "sft.validate_every": 10}
+    result = command(sft_files, "tuned", lambda model: {"rank": adapter_rank(model.model)}, **options)
+    assert result["examples"] == 9 and result["validation_loss_after"] < 0.5 * result["validation_loss_before"]
+    rows = [json.loads(line) for line in (sft_files / "tuned" / "metrics.jsonl").read_text().splitlines()]
+    judged = [row for row in rows if "validation/loss" in row]
+    assert [row["step"] for row in judged] == [0, 10, 20, 30] and all(row["quality/rank"] == 4 for row in judged)
+    assert len(rows) == 34 and judged[0]["validation/loss"] == result["validation_loss_before"]
+    tuned, base = load_model(result["model"]), load_model(sft_files / "base")
+    assert tuned.base == str(sft_files / "base") and adapter_rank(tuned.model) == 4
+    weights = dict(base.model.named_parameters())
+    for name, parameter in tuned.model.named_parameters():
+        if ".lora_" not in name:
+            assert torch.equal(parameter, weights[name.replace(".base_layer", "")]), name
+    further = command(
+        sft_files, "further", **{"model.path": result["model"], "sft.steps": 1, "sft.learning_rate": 1e-6}
+    )
+    assert further["first_loss"] < 0.5 * result["first_loss"]
+    assert load_model(further["model"]).base == str(sft_files / "base")
+
+
+def test_all_weights_are_learnt_without_a_rank(sft_files: Path) -> None:
+    result = command(sft_files, "full", **{"sft.validation_data": sft_files / "data.jsonl"})
+    assert result["validation_loss_after"] < 0.5 * result["validation_loss_before"]
+    assert (sft_files / "full" / "model" / "model.safetensors").exists()
+
+
+def test_validation_settings_that_can_not_be(sft_files: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sft\.validation_fraction 0\.5: .* one of the two"):
+        command(sft_files, "x", **{"sft.validation_data": "y", "sft.validation_fraction": 0.5})
+    with pytest.raises(DataError, match="holds back all of 12 examples"):
+        command(sft_files, "x", **{"sft.validation_fraction": 0.99})
+    with pytest.raises(DataError, match=r"absent\.jsonl"):
+        command(sft_files, "x", **{"sft.validation_data": "absent.jsonl"})
 
 
 def test_long_and_empty_examples() -> None:

@@ -27,12 +27,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from zs_fast.config import ModelConfig
 from zs_fast.errors import PreflightError
 from zs_fast.models.attention import ATTENTION_NAME
 from zs_fast.models.liger import fuse_if_on
 from zs_fast.models.lora import (
     CONFIG_FILE,
     adapter_rank,
+    attach_adapter,
     attach_stored_adapter,
     base_of_adapter,
     is_adapter_folder,
@@ -249,6 +251,21 @@ def _check_tokenizer(tokenizer: Any, model: PreTrainedModel, name: str) -> None:
             f"Model {name!r}: the tokenizer knows {len(tokenizer)} tokens, but the embedding has only "
             f"{model.get_input_embeddings().num_embeddings} rows. Model and tokenizer don't belong together."
         )
+
+
+def with_trained_weights(loaded: LoadedModel, config: ModelConfig, *, seed: int) -> LoadedModel:
+    """`loaded` with gradients on what is to be trained: on all weights, on the adapter that it carries, or with
+    `model.lora_rank` on a new one, drawn from `seed`. PreflightError where it carries one of another rank."""
+    rank, present = config.lora_rank, adapter_rank(loaded.model)
+    if present and rank not in (0, present):
+        raise PreflightError(
+            f"model.lora_rank is {rank}, but the adapter in {loaded.name!r} has rank {present}. Leave "
+            "model.lora_rank out, or name the base model as model.path."
+        )
+    if rank and not present:
+        attach_adapter(loaded.model, rank, targets=config.lora_targets, seed=seed)
+        return replace(loaded, base_name=loaded.name)
+    return loaded
 
 
 def on_same_base(loaded: LoadedModel, adapter: str = "") -> LoadedModel:
