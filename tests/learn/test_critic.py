@@ -59,10 +59,24 @@ def test_micro_batches_do_not_change_its_gradient(make_groups) -> None:  # type:
     assert after[0] == pytest.approx(after[1], rel=1e-5)
 
 
-def test_resume_is_bit_exact(make_groups) -> None:  # type: ignore[no-untyped-def]
+def test_it_may_pass_over_a_batch_more_often_than_the_policy(make_groups) -> None:  # type: ignore[no-untyped-def]
+    critic = make_critic()
+    roles = Roles(policy=tiny_model(seed=0, **SHAPE), reference=None, critic=critic, temperature=1.0)
+    train, config = TrainConfig(mini_batches=2, epochs=1), CriticConfig(epochs=5, learning_rate=1.0)
+    updater = Updater(roles, train, PPO, total_steps=3, critic=config)
+    updater.update(credit(score(pack(make_groups(2, 2), token_budget=10_000), roles), PPO))
+    assert updater.critic is not None
+    assert (updater.optimizer.position, updater.critic.optimizer.position) == (2, 10)
+    assert updater.critic.optimizer.schedule.total_steps == 3 * 2 * 5
+    assert CriticUpdater(critic, CriticConfig(), TrainConfig(epochs=2), total_steps=1).epochs == 2
+
+
+@pytest.mark.parametrize("epochs", [None, 3])
+def test_resume_is_bit_exact(make_groups, epochs) -> None:  # type: ignore[no-untyped-def]
     def updater() -> Updater:
         roles = Roles(policy=tiny_model(seed=0, **SHAPE), reference=None, critic=make_critic(), temperature=1.0)
-        return Updater(roles, TrainConfig(learning_rate=1e-3), PPO, total_steps=4, critic=CriticConfig())
+        train, critic = TrainConfig(learning_rate=1e-3), CriticConfig(epochs=epochs, warmup_steps=9)
+        return Updater(roles, train, PPO, total_steps=4, critic=critic)
 
     def steps(one: Updater, number: int):  # type: ignore[no-untyped-def]
         packed = pack(make_groups(2, 3), token_budget=10_000)

@@ -321,3 +321,33 @@ def test_bfloat16_weights_take_steps_below_their_resolution() -> None:
         optimizer.step()
     assert float(optimizer.state_tensors()["master.weight"]) == pytest.approx(1 - 80 * 1e-4, abs=1e-5)
     assert float(model.weight.detach()) < 1.0
+
+
+def test_at_a_learning_rate_of_1e_6_plain_bfloat16_adamw_changes_nothing_and_ours_does_as_float32_would() -> None:
+    """100 steps on weights of usual sizes, 0.002 to 0.1: neighbours in bfloat16 lie 1.5e-5 apart or more there.
+
+    Masters equal torch's AdamW on float32 weights to 1e-9 (a step is 1e-6); the weights are those, rounded once.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(64, 64, generator=generator) * 0.03
+    start = (start.sign() * start.abs().clamp(min=2**-9, max=0.1)).bfloat16()
+    ours, plain, exact = (torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16) for _ in range(3))
+    for model in (ours, plain, exact):
+        model.weight = torch.nn.Parameter(start.clone())
+    exact.float()
+    schedule = Schedule(peak=1e-6, warmup_steps=0, total_steps=100, final_fraction=1.0)
+    optimizer = Optimizer(ours, schedule, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, max_grad_norm=1e9)
+    rivals = [torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01) for model in (plain, exact)]
+    for _ in range(100):
+        gradient = (torch.randn(64, 64, generator=generator) + start.sign()).bfloat16()
+        (ours.weight * gradient).sum().backward()
+        optimizer.clip_gradients()
+        optimizer.step()
+        for model, rival in zip((plain, exact), rivals, strict=True):
+            model.weight.grad = gradient.to(model.weight.dtype)
+            rival.step()
+    assert torch.equal(plain.weight, start), "every step is lost"
+    master = optimizer.state_tensors()["master.weight"]
+    assert (master - exact.weight.detach()).abs().max() <= 1e-9
+    assert torch.equal(ours.weight, master.bfloat16())
+    assert (ours.weight != start).float().mean() > 0.25

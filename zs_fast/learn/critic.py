@@ -80,10 +80,11 @@ class CriticUpdater:
         """whole_response: learn values at document tokens too (`algorithm.legacy`)."""
         self.critic, self.config, self.train, self.whole_response = critic, config, train, whole_response
         self.micro_steps = MicroSteps()
+        self.epochs = config.epochs or train.epochs
         schedule = Schedule(
             peak=config.learning_rate,
             warmup_steps=config.warmup_steps,
-            total_steps=total_steps * train.mini_batches * train.epochs,
+            total_steps=total_steps * train.mini_batches * self.epochs,
             final_fraction=train.final_learning_rate_fraction,
         )
         self.optimizer = Optimizer(
@@ -106,7 +107,7 @@ class CriticUpdater:
             gradient_checkpointing=self.train.gradient_checkpointing,
             offload=self.train.offload_activations,
         ):
-            for _ in range(self.train.epochs):
+            for _ in range(self.epochs):
                 for first, last in packed.mini_batches(self.train.mini_batches):
                     sums = self._optimizer_step(batch, first, last)
                     taken += [sums] if sums else []

@@ -176,14 +176,16 @@ class Updater:
     def state(self) -> dict[str, float]:
         """Counters, and the KL coefficient where it is steered, for the checkpoint's JSON."""
         steered = {} if self.algorithm.kl_target is None else {"kl_coefficient": self.kl_coefficient}
-        return {"optimizer_steps": self.optimizer.position, "skipped_steps": self.optimizer.num_skipped} | steered
+        critic = {"critic_optimizer_steps": self.critic.optimizer.position} if self.critic else {}
+        own = {"optimizer_steps": self.optimizer.position, "skipped_steps": self.optimizer.num_skipped}
+        return own | steered | critic
 
     def load_state(self, state: Mapping[str, float]) -> None:
         try:
             self.optimizer.position = int(state["optimizer_steps"])
             self.optimizer.num_skipped = int(state["skipped_steps"])
             if self.critic is not None:
-                self.critic.optimizer.position = self.optimizer.position
+                self.critic.optimizer.position = int(state["critic_optimizer_steps"])
             if self.algorithm.kl_target is not None:
                 self.kl_coefficient = float(state["kl_coefficient"])
         except (KeyError, TypeError, ValueError) as error:
