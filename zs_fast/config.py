@@ -37,6 +37,9 @@ class ModelConfig(Section):
     """Last names of the linear layers that get an adapter."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights in memory."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4`: the policy's base weights in 4 bits, under an adapter (needs bitsandbytes; engine.kind `transformers`).
+    Results then depend on what else is in a batch, so that a resumed run may differ in its last bits."""
     device: str = "auto"
     """`auto` (CUDA when there is one), `cpu`, `cuda`, `cuda:0`, ..."""
     attention: Literal["auto", "torch_varlen", "flash_attn", "xformers", "per_segment"] = "auto"
@@ -460,6 +463,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.mini_batches is {self.train.mini_batches}, more than train.questions_per_step = "
                 f"{self.train.questions_per_step}. Lower the first or raise the second."
+            )
+        if self.model.quantization != "none" and self.engine.kind == "vllm":
+            raise ValueError(
+                f"model.quantization is {self.model.quantization!r}, but engine.kind is 'vllm', which shares plain "
+                "weights only. Use engine.kind = 'transformers', or leave model.quantization out."
             )
         if self.simulator.adapter and self.simulator.kind != "policy":
             raise ValueError(

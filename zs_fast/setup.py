@@ -25,6 +25,7 @@ from zs_fast.models.load import (
     with_trained_weights,
 )
 from zs_fast.models.lora import adapter_rank, read_adapter
+from zs_fast.models.quantize import quantize_base
 from zs_fast.rollout.engine import LocalEngine
 from zs_fast.rollout.openai_engine import OpenAIEngine
 from zs_fast.rollout.play import Player
@@ -105,9 +106,17 @@ def load_served(path: str, config: RunConfig, device: torch.device) -> LoadedMod
 def load_policy(config: RunConfig, device: torch.device) -> LoadedModel:
     """The model to train, for `build_arena` to serve: with `model.lora_rank` a new adapter on frozen weights, and from
     a peft folder the adapter that is there."""
-    loaded = load_served(config.model.path, config, device)
+    packed = config.model.quantization == "nf4"
+    loaded = load_served(config.model.path, config, torch.device("cpu") if packed else device)
+    if packed:
+        quantize_base(loaded.model, device=device)
     seed = seed_for(config.seed, role=Role.POLICY, purpose="adapter")
     loaded = with_trained_weights(loaded, config.model, seed=seed)
+    if packed and not adapter_rank(loaded.model):
+        raise PreflightError(
+            "model.quantization is 'nf4' and model.lora_rank 0: packed weights can't be trained, only an adapter on "
+            "them. Set model.lora_rank, or leave model.quantization out."
+        )
     if config.simulator.adapter and not adapter_rank(loaded.model):
         raise PreflightError(
             f"simulator.adapter is {config.simulator.adapter!r}, an adapter on the policy's base, but model.lora_rank "

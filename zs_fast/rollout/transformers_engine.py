@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from zs_fast.errors import EngineError, PreflightError
 from zs_fast.models.load import LoadedModel
+from zs_fast.models.quantize import is_quantized
 from zs_fast.rollout.engine import EngineStats
 from zs_fast.rollout.fixed_blocks import FixedBlocks, round_up_rows
 from zs_fast.rollout.kv_slots import KvSlots, Piece, SlotAttention
@@ -31,7 +32,7 @@ class TransformersEngine:
 
     With `batch_invariant` a request's tokens and log-probabilities are, bit for bit, a function of the weights, its
     own prompts and its Sampling: other rows, slots, arrival order and evictions don't matter (CPU, fixed thread count).
-    None turns it on for models on the CPU.
+    None turns it on for models on the CPU, unless they are quantised.
     """
 
     def __init__(
@@ -48,8 +49,14 @@ class TransformersEngine:
         self._version = 0
         for role, loaded in models.items():
             limit = max_context_tokens if isinstance(max_context_tokens, int) else max_context_tokens[role]
+            packed = is_quantized(loaded.model)
+            if packed and batch_invariant:
+                raise PreflightError(
+                    f"engine.batch_invariant is true, but model {loaded.name!r} is quantised, and its products "
+                    "depend on the number of rows. Leave engine.batch_invariant or model.quantization out."
+                )
             on_cpu = next(loaded.model.parameters()).device.type == "cpu"
-            invariant = on_cpu if batch_invariant is None else batch_invariant
+            invariant = (on_cpu and not packed) if batch_invariant is None else batch_invariant
             self._lanes[role] = _Lane(role, loaded, num_slots=slots, max_tokens=limit, batch_invariant=invariant)
 
     def add(
