@@ -310,6 +310,11 @@ class TrainConfig(Section):
     """Optimizer steps per rollout batch; groups are split evenly."""
     epochs: Positive = 1
     """Passes over a rollout batch."""
+    max_staleness: NonNegative = 0
+    """Steps that a trajectory may be begun ahead of its own: while a step's last ones are played, questions of coming
+    steps take the free slots (engine.slots), under weights up to this many updates old. Turns that are finished stay;
+    a completion cut by an update begins again. 0 is exactly on-policy; above it algorithm.correction, or
+    algorithm.old_logprobs = 'sampler', has to weigh the difference."""
     token_budget: Positive = 16_384
     """Most tokens in one micro batch (at least one whole trajectory); sets peak activation memory."""
     save_every: NonNegative = 50
@@ -479,6 +484,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"critic.path is {self.critic.path!r} and critic.lora_rank {self.critic.lora_rank}: a critic either "
                 "has a trunk of its own or an adapter on the policy's base. Leave one out."
+            )
+        algorithm = self.algorithm
+        if self.train.max_staleness and algorithm.correction == "none" and algorithm.old_logprobs != "sampler":
+            raise ValueError(
+                f"train.max_staleness is {self.train.max_staleness}, so some tokens come from older weights than those "
+                "that are updated, but nothing weighs the difference. Set algorithm.correction = 'token' (or "
+                "'sequence') or algorithm.old_logprobs = 'sampler', or set train.max_staleness = 0."
             )
         if self.game.max_new_tokens >= self.game.max_context_tokens:
             raise ValueError(

@@ -16,7 +16,7 @@ from zs_fast.config import RunConfig
 from zs_fast.errors import PreflightError
 from zs_fast.learn.batch import PackedBatch
 from zs_fast.learn.pack import pack
-from zs_fast.rollout.play import Player, Progress
+from zs_fast.rollout.play import Player, Progress, Refill
 from zs_fast.system.checkpoint import CheckpointStore
 from zs_fast.system.distributed import gather, is_main, rank, together, world_size
 from zs_fast.system.exchange import groups_from_json, groups_to_json
@@ -40,6 +40,11 @@ def check_recipe(config: RunConfig) -> None:
             f"engine.kind = 'vllm' runs in one process, but torchrun started {world_size()}. Take "
             "engine.kind = 'transformers', or start one process."
         )
+    if world_size() > 1 and config.train.max_staleness:
+        raise PreflightError(
+            f"train.max_staleness is {config.train.max_staleness}, which runs in one process, but torchrun started "
+            f"{world_size()}: what a rank begins early is not shared. Set it to 0, or start one process."
+        )
 
 
 def hold_run_folder(output: Path, stack: ExitStack, store: CheckpointStore | None = None) -> None:
@@ -53,19 +58,25 @@ def hold_run_folder(output: Path, stack: ExitStack, store: CheckpointStore | Non
 
 
 def play(
-    player: Player, questions: Sequence[Question], *, step: int, noise: float, on_progress: Progress | None = None
+    player: Player,
+    questions: Sequence[Question],
+    *,
+    step: int,
+    noise: float,
+    on_progress: Progress | None = None,
+    refill: Refill | None = None,
 ) -> list[Group]:
     """The groups of all questions, in their order; each rank plays every world_size-th question.
 
-    Raises what playing raises on any rank, on all of them.
+    In a run of one process the first of them may have begun in an earlier step, by its `refill`. Raises what playing
+    raises on any rank, on all of them.
     """
     own: list[Group] = []
     with together():
-        for question in questions[rank() :: world_size()]:
+        share = questions[rank() :: world_size()]
+        for question in share[player.num_groups :]:
             player.submit(question, step=step, noise_probability=noise)
-        own = player.collect(
-            len(questions[rank() :: world_size()]), on_progress=on_progress, may_all_fail=world_size() > 1
-        )
+        own = player.collect(len(share), on_progress=on_progress, refill=refill, may_all_fail=world_size() > 1)
     if world_size() == 1:
         return own
     shares = [groups_from_json(share) for share in gather(groups_to_json(own))]

@@ -5,7 +5,7 @@ torch and transformers are imported only by the functions that need them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,6 +76,11 @@ class ScriptedEngine:
     def end(self, role: Role, cache_salt: str) -> None:
         self.ended.append((role, cache_salt))
 
+    def abort(self, role: Role, request_ids: Collection[int]) -> None:
+        for request_id in request_ids:
+            self._left.pop((role, request_id), None)
+            self._done.pop((role, request_id), None)
+
     def publish(self, version: int) -> None:
         self._version = version
 
@@ -143,6 +148,9 @@ class ScriptedSearch:
         ready = [request for left, request in self._waiting if left <= 0]
         self._waiting = [entry for entry in self._waiting if entry[0] > 0]
         return [self._result(request) for request in ready]
+
+    def cancel(self) -> None:
+        self._waiting = []
 
     def _result(self, request: SearchRequest) -> SearchResult:
         documents = self._documents(request)

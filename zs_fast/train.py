@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from zs_fast.config import RunConfig, write_config
 from zs_fast.errors import ConfigError, EngineError, SimulatorError
@@ -28,6 +28,7 @@ from zs_fast.models.lora import adapter_rank, is_adapter_folder, load_adapter, r
 from zs_fast.ranks import check_recipe, hold_run_folder, pack_share, play
 from zs_fast.report.page import write_report
 from zs_fast.report.plots import reward_curve
+from zs_fast.rollout.play import Refill
 from zs_fast.search.curriculum import noise_probability
 from zs_fast.search.data import QuestionOrder, load_questions
 from zs_fast.search.statistics import search_statistics
@@ -38,7 +39,7 @@ from zs_fast.system.environment import write_environment
 from zs_fast.system.files import FileOperations, replace_file
 from zs_fast.system.memory import Memory, Phase
 from zs_fast.system.metrics import RunLog, SilentLog
-from zs_fast.system.rollout_metrics import rollout_metrics
+from zs_fast.system.rollout_metrics import rollout_metrics, staleness_metrics
 from zs_fast.system.seeds import seed_for
 from zs_fast.system.weights import WeightPublisher
 from zs_fast.types import Group, Role
@@ -79,6 +80,18 @@ def _checkpoint_to_resume(store: CheckpointStore, config: RunConfig, *, resume: 
         )
     check_same_run(checkpoint.state["config"], config.model_dump(mode="json"))
     return checkpoint
+
+
+class _Played(NamedTuple):
+    """What a step's rollout gave."""
+
+    groups: list[Group]
+    chosen: list[Group]
+    """Those to learn from: `questions_per_step`."""
+    batches_played: int
+    """Batches of questions played in the run."""
+    carried: list[dict[str, Any]]
+    """Groups of coming steps that were begun (`Player.carried`)."""
 
 
 class _Run:
@@ -125,6 +138,7 @@ class _Run:
         self.memory = Memory(device, engine=self.arena.engine if config.engine.release_kv else None)
         self.evaluations: dict[str, dict[str, Any]] = {}
         self.saved_step = self.evaluated_step = self.batches_played = self.first_step - 1
+        self.carried: list[dict[str, Any]] = []
         self.earlier_seconds = 0.0
         if checkpoint:
             self._restore(checkpoint)
@@ -156,9 +170,9 @@ class _Run:
         for step in range(self.first_step, config.train.steps + 1):
             noise = noise_probability(step, config.curriculum, config.train.steps)
             with self._kept_on_failure(step - 1), self.memory.phase(Phase.ROLLOUT):
-                groups, chosen, batches_played = self._play(step, noise)
-            self.batches_played = batches_played
-            packed = pack_share(chosen, config)
+                played = self._play(step, noise)
+            groups, self.batches_played, self.carried = played.groups, played.batches_played, played.carried
+            packed = pack_share(played.chosen, config)
             with self.memory.phase(Phase.SCORE):
                 scored = score(packed, self.roles, **self.updater.needs)
             with self.memory.phase(Phase.UPDATE):
@@ -168,6 +182,8 @@ class _Run:
                 self.publisher.publish(step)
             searches = [turn.search for group in groups for t in group.trajectories for turn in t.turns if turn.search]
             metrics = {"curriculum/noise_probability": noise} | rollout_metrics(groups) | search_statistics(searches)
+            if config.train.max_staleness:
+                metrics |= staleness_metrics(groups, version=step - 1, max_staleness=config.train.max_staleness)
             timings = largest(self.memory.take() | self.updater.timings())
             log.step(step, metrics | dict(stats.values), timings | self._rates(groups, timings), groups)
             if self._is_due(config.train.eval_every, step):
@@ -177,25 +193,43 @@ class _Run:
                 self._save_together(step)
         return self._finish()
 
-    def _play(self, step: int, noise: float) -> tuple[list[Group], list[Group], int]:
-        """(all groups played, those to learn from: `questions_per_step`, batches of questions played in the run).
+    def _play(self, step: int, noise: float) -> _Played:
+        """Play the step's questions; with `train.max_staleness`, begin those of coming steps where slots come free.
 
         With `algorithm.max_resampled_batches`, groups without signal make room for those of further batches.
         """
         number, algorithm = self.config.train.questions_per_step, self.config.algorithm
+        player, refill = self.arena.training_player, None
         played: list[Group] = []
         live: list[Group] = []
         for extra in range(algorithm.max_resampled_batches + 1):
             progress = partial(self.log.progress, "rollout" if extra == 0 else f"rollout, batch {extra + 1}")
-            questions = self.order.batch(self.batches_played + extra, number)
-            played += play(self.arena.training_player, questions, step=step, noise=noise, on_progress=progress)
+            batch = self.batches_played + extra
+            if self.config.train.max_staleness:
+                refill = Refill(partial(self._begin_ahead, step, batch), self.config.engine.slots)
+            questions = self.order.batch(batch, number)
+            played += play(player, questions, step=step, noise=noise, on_progress=progress, refill=refill)
             live = [group for group in played if has_signal(group, algorithm.mask_stop_reasons)]
             if len(live) >= number:
                 break
-        if len(played) == number:
-            return played, played, self.batches_played + 1
-        dead = [group for group in played if not has_signal(group, algorithm.mask_stop_reasons)]
-        return played, (live + dead)[:number], self.batches_played + len(played) // number
+        chosen = played
+        if len(played) > number:
+            dead = [group for group in played if not has_signal(group, algorithm.mask_stop_reasons)]
+            chosen = (live + dead)[:number]
+        player.pause()
+        return _Played(played, chosen, self.batches_played + len(played) // number, player.carried())
+
+    def _begin_ahead(self, step: int, batch: int) -> bool:
+        """While `batch` is played in `step`: submit the next question of a coming step; False when none may begin."""
+        train, player = self.config.train, self.arena.training_player
+        ahead, place = divmod(player.num_groups, train.questions_per_step)
+        coming = step + ahead
+        if coming > min(step + train.max_staleness, train.steps):
+            return False
+        question = self.order.batch(batch + ahead, train.questions_per_step)[place]
+        noise = noise_probability(coming, self.config.curriculum, train.steps)
+        player.submit(question, step=coming, noise_probability=noise)
+        return True
 
     def _is_due(self, every: int, step: int) -> bool:
         return step == self.config.train.steps or (every > 0 and step % every == 0)
@@ -268,6 +302,8 @@ class _Run:
         self.evaluations = dict(checkpoint.state["evaluations"])
         self.evaluated_step = checkpoint.state.get("evaluated_step", checkpoint.step)
         self.batches_played = checkpoint.state.get("batches_played", checkpoint.step)
+        self.carried = list(checkpoint.state.get("carried", ()))
+        self.arena.training_player.restore(self.carried)
         self.earlier_seconds = checkpoint.state.get("seconds", 0.0)
         self.publisher.publish(checkpoint.step)
 
@@ -293,6 +329,7 @@ class _Run:
                 "evaluations": self.evaluations,
                 "evaluated_step": self.evaluated_step,
                 "batches_played": self.batches_played,
+                "carried": self.carried,
                 "seconds": self._seconds(),
             },
         )

@@ -378,6 +378,27 @@ def test_all_requests_are_in_flight_together_up_to_the_limit():
     assert server.most_in_flight == 6
 
 
+def test_an_aborted_request_never_comes_back_even_if_its_id_is_used_again():
+    async def reply(request, body, number):
+        text = body["messages"][1]["content"][0]["text"]
+        await asyncio.sleep(0.0 if text == "quick" else 0.3)
+        return chat(text.upper())
+
+    with served(healthy_then(reply)) as server, engine_on(server) as engine:
+        for number, prompt in enumerate(("quick", "slow")):
+            engine.add(number, list(prompt.encode()), Sampling(max_new_tokens=600), role=Role.SIMULATOR)
+        deadline = time.monotonic() + 10
+        while engine._finished.empty():
+            assert time.monotonic() < deadline, "the quick one never answered"
+            time.sleep(0.005)
+        engine.abort(Role.SIMULATOR, [0, 1, 2])
+        assert engine.num_unfinished == 0
+        completions = ask(engine, "again", "and again")
+        assert [text_of(completion) for completion in completions] == ["AGAIN", "AND AGAIN"]
+        time.sleep(0.4)
+        assert engine.step() == []
+
+
 def test_the_engine_refuses_the_policy_repeats_and_use_after_close():
     async def reply(request, body, number):
         if number:

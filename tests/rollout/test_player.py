@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 
 import pytest
 
 from zs_fast.config import GameConfig, SamplingConfig, SimulatorConfig
-from zs_fast.errors import EngineError, SimulatorError
+from zs_fast.errors import CheckpointUnusableError, EngineError, SimulatorError
 from zs_fast.rollout import play
-from zs_fast.rollout.play import JournalKey, Player
+from zs_fast.rollout.play import JournalKey, Player, Refill
 from zs_fast.search.codec import Codec
 from zs_fast.search.simulator import SimulatedSearch
 from zs_fast.testing import ScriptedEngine, ScriptedSearch, byte_tokenizer, tiny_model
@@ -271,3 +272,133 @@ def test_policy_and_simulator_of_one_real_engine_play_together_reproducibly():
         return [(turn.completion.token_ids, turn.completion.logprobs, turn.observation) for turn in turns]
 
     assert groups(8) == groups(3)
+
+
+# Pauses, and groups that are carried over them
+
+
+def slow_parts(seed: int = 0) -> tuple[ScriptedEngine, ScriptedSearch]:
+    draws = random.Random(seed)
+    engine = ScriptedEngine({Role.POLICY: policy}, CODEC, steps_needed=lambda _: draws.randint(1, 9))
+    return engine, ScriptedSearch(documents, polls_needed=lambda _: draws.randint(1, 9))
+
+
+def said(groups) -> list:
+    """What was sampled and found; request ids follow the order of events."""
+    return [[[(t.completion.token_ids, t.observation) for t in p.turns] for p in g.trajectories] for g in groups]
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3, 6, 9, 12])
+def test_a_pause_leaves_engines_idle_and_changes_nothing_that_is_played(rounds):
+    engine, search = slow_parts()
+    player = player_for(engine, search)
+    for question in questions(4):
+        player.submit(question, step=1, noise_probability=0.0)
+    for _ in range(rounds):
+        player._play_on()
+    before = [playing.episode.turns for group in player._groups for playing in group.playing]
+    player.pause()
+    assert engine.num_unfinished == 0 and search.poll() == []
+    assert [playing.episode.turns for group in player._groups for playing in group.playing] == before
+    assert said(player.collect(4)) == said(play_all(player_for(*slow_parts()), questions(4)))
+    salts = {salt for *_, salt in engine.requests}
+    assert {(Role.POLICY, salt) for salt in salts} == set(engine.ended), "every context is ended, those cut off too"
+
+
+@pytest.mark.parametrize("rounds", range(0, 16, 3))
+def test_carried_groups_play_on_in_another_player_as_in_their_own(rounds):
+    player = player_for(*slow_parts())
+    for question in [*questions(4), questions(1)[0]]:
+        player.submit(question, step=1, noise_probability=0.25)
+    for _ in range(rounds):
+        player._play_on()
+    player.pause()
+    carried = json.loads(json.dumps(player.carried(), allow_nan=False))
+    other = player_for(*slow_parts(1))
+    other.restore(carried)
+    assert other.carried() == carried and other.num_groups == 5 and other.num_unfinished == player.num_unfinished
+    asked = len(other._engine.requests)
+    ours, theirs = player.collect(5), other.collect(5)
+    assert asked == 0 and said(theirs) == said(ours)
+    assert [[t.scores for t in group.trajectories] for group in theirs] == [
+        [t.scores for t in group.trajectories] for group in ours
+    ]
+    seeds = {sampling.seed for *_, sampling, _ in other._engine.requests}
+    assert seeds <= {sampling.seed for *_, sampling, _ in player._engine.requests}
+
+
+def test_damaged_carried_groups_are_refused_in_words():
+    player = player_for(*slow_parts())
+    player.submit(questions(1)[0], step=1, noise_probability=0.0)
+    while player._play_on() or not player._groups[0].playing[0].episode.turns:
+        pass
+    player.pause()
+    for damage in ({"trajectories": [[]]}, {"question": {"id": "q"}}, {"trajectories": [[{"token_ids": [1]}], []]}):
+        with pytest.raises(CheckpointUnusableError, match="use another checkpoint"):
+            player_for(*slow_parts()).restore([player.carried()[0] | damage])
+
+
+def test_refill_begins_further_questions_where_places_come_free_and_no_earlier():
+    engine, search = slow_parts()
+    player = player_for(engine, search)
+    coming = iter(questions(9)[4:])
+    most, begun = 0, []
+
+    def start() -> bool:
+        nonlocal most
+        question = next(coming, None)
+        if question is None:
+            return False
+        begun.append(player.num_unfinished)
+        player.submit(question, step=2, noise_probability=0.0)
+        most = max(most, player.num_unfinished)
+        return True
+
+    for question in questions(4):
+        player.submit(question, step=1, noise_probability=0.0)
+    groups = player.collect(4, refill=Refill(start, 9))
+    assert [group.question.id for group in groups] == ["q0", "q1", "q2", "q3"]
+    assert begun and max(begun) <= 7 and most == 9
+    assert player.num_groups == len(begun)
+
+
+def test_no_completion_rests_on_keys_and_values_of_older_weights():
+    """Weights change in the middle of trajectories; every token's log-probability is that of the weights it names."""
+    import torch
+
+    from zs_fast.models.attention import PackedAttention
+    from zs_fast.rollout.transformers_engine import TransformersEngine
+
+    loaded = tiny_model("llama")
+    versions = [{name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}]
+    game = GameConfig(max_turns=4, max_new_tokens=12, max_context_tokens=1500, max_observation_tokens=120)
+    engine = TransformersEngine({Role.POLICY: loaded}, slots=3, max_context_tokens=2000)
+    player = player_for(engine, ScriptedSearch(lambda _: ["a"]), game=game, max_failed_share=1.0)
+    for question in questions(4):
+        player.submit(question, step=1, noise_probability=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for version in (1, 2):
+        for _ in range(20):
+            player._play_on()
+        player.pause()
+        with torch.no_grad():
+            for parameter in loaded.model.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        versions.append({name: tensor.clone() for name, tensor in loaded.model.state_dict().items()})
+        engine.publish(version)
+    seen = set()
+    trajectories = [trajectory for group in player.collect(4) for trajectory in group.trajectories]
+    for trajectory in trajectories:
+        ids = list(trajectory.prompt_ids)
+        for turn in trajectory.turns:
+            loaded.model.load_state_dict(versions[turn.completion.policy_version])
+            seen.add(turn.completion.policy_version)
+            whole = torch.tensor([ids + list(turn.completion.token_ids)])
+            state = PackedAttention([0, whole.shape[1]])
+            with torch.no_grad():
+                logits = loaded.model(whole, use_cache=False, attention_state=state).logits
+            logits = logits[0, len(ids) - 1 : -1, : len(loaded.tokenizer)]
+            expected = logits.float().log_softmax(-1).gather(-1, torch.tensor(turn.completion.token_ids)[:, None])
+            assert torch.allclose(torch.tensor(turn.completion.logprobs), expected[:, 0], atol=1e-4)
+            ids += [*turn.completion.token_ids, *turn.observation_ids]
+    assert seen == {0, 1, 2}

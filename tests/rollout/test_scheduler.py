@@ -127,3 +127,20 @@ def test_one_request_at_a_time():
     with pytest.raises(EngineError, match="cache_salt 'a', whose last request is unfinished"):
         add(queue, 1, 4, "a")
     assert queue.num_unfinished == 1
+
+
+def test_an_aborted_request_is_gone_and_its_context_is_free_for_another():
+    queue = scheduler(1)
+    add(queue, 0, 10, "a")
+    add(queue, 1, 4)
+    computed(queue.next_pieces())
+    queue.abort(1)
+    queue.abort(0)
+    queue.abort(7)
+    assert (queue.num_unfinished, queue.num_waiting) == (0, 0) and queue.next_pieces() == []
+    add(queue, 0, 12, "a")
+    assert [pieces for _, pieces in queue.next_pieces()] == [[(10, 12)]], "what was computed is still right"
+    queue.abort(0)
+    queue.end("a")
+    add(queue, 2, 4)
+    assert ids(queue.next_pieces()) == [2]

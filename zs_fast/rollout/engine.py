@@ -6,7 +6,7 @@ may be added between any two steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +38,10 @@ class Engine(Protocol):
 
     def end(self, role: Role, cache_salt: str) -> None:
         """The trajectory is over: the KV kept under this salt may be dropped."""
+        ...
+
+    def abort(self, role: Role, request_ids: Collection[int]) -> None:
+        """Drop unfinished requests of `role`: their completions never come. Ids that are not unfinished are ignored."""
         ...
 
     def publish(self, version: int) -> None:

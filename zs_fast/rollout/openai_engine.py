@@ -12,7 +12,7 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +66,9 @@ class OpenAIEngine:
         self._first_wait_s = first_wait_s
         self._codec = ByteCodec()
         self._version = 0
-        self._unfinished: set[tuple[Role, int]] = set()
-        self._finished: queue.SimpleQueue[Completion] = queue.SimpleQueue()
+        self._unfinished: dict[tuple[Role, int], tuple[int, Future[None]]] = {}
+        """By request: its number, unlike its id never used again, and what is under way for it."""
+        self._finished: queue.SimpleQueue[tuple[int, Completion]] = queue.SimpleQueue()
         self._fault: BaseException | None = None
         self._num_retries = self._num_requests = self._num_failures = 0
         url = urlsplit(simulator.url)
@@ -102,20 +103,24 @@ class OpenAIEngine:
             raise EngineError(f"Request {request_id}: the engine is closed." if prompt_ids else "The prompt is empty.")
         if (role, request_id) in self._unfinished:
             raise EngineError(f"Request {request_id} of {role} was added twice before it finished.")
-        self._unfinished.add((role, request_id))
         self._num_requests += 1
         prompt = self._codec.decode(prompt_ids)
-        answer = self._answer(request_id, prompt, sampling, role, self._version)
-        asyncio.run_coroutine_threadsafe(answer, self._loop).add_done_callback(self._note_fault)
+        number = self._num_requests
+        answer = self._answer(number, request_id, prompt, sampling, role, self._version)
+        future = asyncio.run_coroutine_threadsafe(answer, self._loop)
+        future.add_done_callback(self._note_fault)
+        self._unfinished[role, request_id] = number, future
 
     def step(self) -> list[Completion]:
         if self._fault is not None:
             raise EngineError(f"The remote engine broke: {self._fault!r}") from self._fault
         completions = []
         while not self._finished.empty():
-            completions.append(self._finished.get_nowait())
-        for completion in completions:
-            self._unfinished.discard((completion.role, completion.request_id))
+            number, completion = self._finished.get_nowait()
+            key = completion.role, completion.request_id
+            if key in self._unfinished and self._unfinished[key][0] == number:
+                del self._unfinished[key]
+                completions.append(completion)
         return completions
 
     @property
@@ -124,6 +129,12 @@ class OpenAIEngine:
 
     def end(self, role: Role, cache_salt: str) -> None:
         """Nothing is kept between requests."""
+
+    def abort(self, role: Role, request_ids: Collection[int]) -> None:
+        for request_id in request_ids:
+            if (role, request_id) in self._unfinished:
+                _, future = self._unfinished.pop((role, request_id))
+                future.cancel()
 
     def publish(self, version: int) -> None:
         """The server's weights are not ours; completions still say which policy asked."""
@@ -206,7 +217,9 @@ class OpenAIEngine:
                 "simulator.kind = 'model'."
             ) from error
 
-    async def _answer(self, request_id: int, prompt: str, sampling: Sampling, role: Role, version: int) -> None:
+    async def _answer(
+        self, number: int, request_id: int, prompt: str, sampling: Sampling, role: Role, version: int
+    ) -> None:
         text, reason, problem = "", FinishReason.FAILED, ""
         async with self._in_flight:
             for attempt in range(self._simulator.max_retries + 1):
@@ -222,17 +235,16 @@ class OpenAIEngine:
                     jitter = 0.5 + uniform(sampling.seed, attempt)
                     wait_s = max(error.wait_s, self._first_wait_s * 2.0**attempt * jitter)
                     await asyncio.sleep(min(wait_s, LONGEST_WAIT_S))
-        self._finished.put(
-            Completion(
-                request_id=request_id,
-                role=role,
-                token_ids=tuple(self._codec.encode_untrusted(text)),
-                logprobs=(),
-                finish_reason=reason,
-                policy_version=version,
-                error=problem if reason is FinishReason.FAILED else "",
-            )
+        completion = Completion(
+            request_id=request_id,
+            role=role,
+            token_ids=tuple(self._codec.encode_untrusted(text)),
+            logprobs=(),
+            finish_reason=reason,
+            policy_version=version,
+            error=problem if reason is FinishReason.FAILED else "",
         )
+        self._finished.put((number, completion))
 
     async def _ask(self, prompt: str, sampling: Sampling, *, must_speak: bool) -> tuple[str, FinishReason]:
         """One attempt: the reply's text and why it ended. Raises _ReplyError for whatever goes wrong."""

@@ -7,19 +7,21 @@ others do.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 from zs_fast.config import GameConfig, SamplingConfig
-from zs_fast.errors import EngineError, SimulatorError
+from zs_fast.errors import CheckpointUnusableError, EngineError, SimulatorError
+from zs_fast.rollout.carried import replay, turn_state
 from zs_fast.rollout.engine import Engine
+from zs_fast.rollout.journal import Journal, JournalKey, NullJournal
 from zs_fast.search.backends import SearchBackend
 from zs_fast.search.codec import AnyCodec
 from zs_fast.search.environment import Episode
 from zs_fast.search.prompts import STOP_STRINGS
 from zs_fast.system.seeds import seed_for
-from zs_fast.types import Completion, Group, Question, Role, Sampling, SearchRequest, SearchResult, Trajectory
+from zs_fast.types import Completion, Group, Question, Role, Sampling, SearchRequest, SearchResult
 
 STALL_TIMEOUT_S = 900.0
 """Longest wait without any completion or search result while only searches are under way."""
@@ -29,61 +31,36 @@ Progress = Callable[[int, int], None]
 """Is told (trajectories finished, trajectories asked for)."""
 
 
-class JournalKey(NamedTuple):
-    """What a reply was for. `sample` counts on over repeats of a question in one step."""
+class Refill(NamedTuple):
+    """Work for places that come free while the last trajectories of a step are played."""
 
-    step: int
-    question_id: str
-    sample: int
-    turn: int
-    role: Role
-
-
-class Journal(Protocol):
-    """Keeps replies already paid for, so that an interrupted step can be played again without asking twice."""
-
-    def lookup(self, key: JournalKey) -> Completion | None: ...
-
-    def record(self, key: JournalKey, completion: Completion) -> None: ...
-
-    def lookup_search(self, key: JournalKey, request: SearchRequest) -> SearchResult | None: ...
-
-    def record_search(self, key: JournalKey, result: SearchResult) -> None: ...
-
-
-class NullJournal:
-    """Remembers nothing."""
-
-    def lookup(self, key: JournalKey) -> Completion | None:
-        return None
-
-    def record(self, key: JournalKey, completion: Completion) -> None:
-        pass
-
-    def lookup_search(self, key: JournalKey, request: SearchRequest) -> SearchResult | None:
-        return None
-
-    def record_search(self, key: JournalKey, result: SearchResult) -> None:
-        pass
+    start: Callable[[], bool]
+    """Submits one more question; False when there is none to start yet."""
+    capacity: int
+    """Trajectories under way at most."""
 
 
 @dataclass(slots=True, eq=False)
 class _Playing:
-    """One trajectory under way."""
+    """One trajectory, under way or over."""
 
     episode: Episode
-    sampling: SamplingConfig
-    cache_salt: str
+    group: _PlayingGroup
     key_sample: int
     """Sample number in seeds and journal keys: unlike `episode.sample` unique over repeats of a question in a step."""
+    cache_salt: str = ""
 
 
 @dataclass(slots=True, eq=False)
 class _PlayingGroup:
     question: Question
     step: int
+    noise_probability: float
+    sampling: SamplingConfig
+    repeats: int
+    """Groups of the same question and step that were submitted before and were not collected yet."""
     num_unfinished: int
-    trajectories: list[Trajectory | None] = field(default_factory=list)
+    playing: list[_Playing] = field(default_factory=list)
 
 
 class Player:
@@ -120,7 +97,7 @@ class Player:
         self._max_failed_share = max_failed_share
         self._journal: Journal = journal or NullJournal()
         self._groups: list[_PlayingGroup] = []
-        self._group_of: dict[int, _PlayingGroup] = {}
+        self._is_paused = False
         self._sampled: dict[int, _Playing] = {}
         """By request id: trajectories that wait for the policy."""
         self._searching: dict[SearchRequest, list[_Playing]] = {}
@@ -132,38 +109,32 @@ class Player:
         self, question: Question, *, step: int, noise_probability: float, sampling: SamplingConfig | None = None
     ) -> None:
         """Start the trajectories of one question at once; `sampling` replaces the player's own for this group."""
+        self._go_on()
         repeats = sum(group.question.id == question.id and group.step == step for group in self._groups)
-        group = _PlayingGroup(question, step, self._group_size, [None] * self._group_size)
-        self._groups.append(group)
-        for sample in range(self._group_size):
-            episode = Episode(
-                question,
-                sample=sample,
-                step=step,
-                noise_probability=noise_probability,
-                game=self._game,
-                codec=self._codec,
-            )
-            salt = f"trajectory-{self._next_salt}"
-            self._next_salt += 1
-            playing = _Playing(episode, sampling or self._sampling, salt, repeats * self._group_size + sample)
-            self._group_of[id(playing)] = group
-            self._advance(playing)
+        group = self._add_group(question, step, noise_probability, sampling or self._sampling, repeats)
+        for playing in group.playing:
+            self._start(playing)
 
     def collect(
-        self, num_groups: int, *, on_progress: Progress | None = None, may_all_fail: bool = False
+        self,
+        num_groups: int,
+        *,
+        on_progress: Progress | None = None,
+        refill: Refill | None = None,
+        may_all_fail: bool = False,
     ) -> list[Group]:
         """Play until the first `num_groups` submitted groups are finished; return those, in order of submission.
 
-        Later groups advance meanwhile and stay for the next call. Raises EngineError when nothing is under way for an
-        unfinished trajectory, and what `check_failures` raises unless `may_all_fail`: where these groups are a part of
-        a step, the share of failed searches counts over the whole.
+        Later groups advance meanwhile and stay for the next call; `refill` starts some where places come free. Raises
+        EngineError when nothing is under way for an unfinished trajectory, and what `check_failures` raises unless
+        `may_all_fail`: where these groups are a part of a step, the share of failed searches counts over the whole.
         """
         if num_groups > len(self._groups):
             raise EngineError(f"collect({num_groups}) of {len(self._groups)} submitted groups: submit more questions.")
         last_progress = time.monotonic()
+        self._go_on()
         asked, reported = self._groups[:num_groups], -1
-        num_asked = sum(len(group.trajectories) for group in asked)
+        num_asked = sum(len(group.playing) for group in asked)
         while True:
             num_finished = num_asked - sum(group.num_unfinished for group in asked)
             if on_progress is not None and num_finished > reported:
@@ -171,6 +142,9 @@ class Player:
                 reported = num_finished
             if num_finished == num_asked:
                 break
+            if refill is not None:
+                while self.num_unfinished + self._group_size <= refill.capacity and refill.start():
+                    pass
             started = time.monotonic()
             if self._play_on():
                 last_progress = time.monotonic()
@@ -180,15 +154,110 @@ class Player:
             if time.monotonic() - started < IDLE_SLEEP_S:
                 time.sleep(IDLE_SLEEP_S)
         finished, self._groups = self._groups[:num_groups], self._groups[num_groups:]
-        groups = [_finished(group) for group in finished]
+        groups = [
+            Group(question=group.question, trajectories=tuple(p.episode.trajectory() for p in group.playing))
+            for group in finished
+        ]
         if not may_all_fail:
             self.check_failures(groups)
         return groups
+
+    def pause(self) -> None:
+        """Give up all that engines and search work on, so that weights may change or another player take its turn.
+
+        Finished turns stay. An unfinished completion or search is begun again, with its own seed, by the next `submit`
+        or `collect`: each completion is of one policy version, and none rests on keys and values of another.
+        """
+        self._is_paused = True
+        self._engine.abort(Role.POLICY, list(self._sampled))
+        self._search.cancel()
+        for playing in self._unfinished():
+            self._engine.end(Role.POLICY, playing.cache_salt)
+        self._sampled, self._searching = {}, {}
+
+    def carried(self) -> list[dict[str, Any]]:
+        """The groups that were submitted and not collected, as plain JSON for `restore`; only while paused."""
+        assert self._is_paused or not self._groups, "what is under way now has no state to carry"
+        return [
+            {
+                "question": asdict(group.question) | {"answers": list(group.question.answers)},
+                "step": group.step,
+                "noise_probability": group.noise_probability,
+                "sampling": group.sampling.model_dump(mode="json"),
+                "repeats": group.repeats,
+                "trajectories": [[turn_state(turn) for turn in playing.episode.turns] for playing in group.playing],
+            }
+            for group in self._groups
+        ]
+
+    def restore(self, carried: Sequence[Mapping[str, Any]]) -> None:
+        """Take over another player's `carried` groups; paused, as they were. Raises CheckpointUnusableError."""
+        assert not self._groups, "only a player without groups can take over another's"
+        self._is_paused = True
+        try:
+            for state in carried:
+                group = self._add_group(
+                    Question(**state["question"] | {"answers": tuple(state["question"]["answers"])}),
+                    state["step"],
+                    state["noise_probability"],
+                    SamplingConfig.model_validate(state["sampling"]),
+                    state["repeats"],
+                )
+                for playing, turns in zip(group.playing, state["trajectories"], strict=True):
+                    replay(playing.episode, turns)
+                group.num_unfinished = sum(not playing.episode.done for playing in group.playing)
+        except (KeyError, TypeError, ValueError, EngineError) as error:
+            raise CheckpointUnusableError(
+                "the unfinished trajectories in the checkpoint can't be played again "
+                f"({type(error).__name__}: {error}); use another checkpoint"
+            ) from error
+
+    @property
+    def num_groups(self) -> int:
+        """Groups that were submitted and not collected yet."""
+        return len(self._groups)
 
     @property
     def num_unfinished(self) -> int:
         """Trajectories under way."""
         return sum(group.num_unfinished for group in self._groups)
+
+    def _add_group(
+        self, question: Question, step: int, noise_probability: float, sampling: SamplingConfig, repeats: int
+    ) -> _PlayingGroup:
+        group = _PlayingGroup(question, step, noise_probability, sampling, repeats, self._group_size)
+        for sample in range(self._group_size):
+            episode = Episode(
+                question,
+                sample=sample,
+                step=step,
+                noise_probability=noise_probability,
+                game=self._game,
+                codec=self._codec,
+            )
+            group.playing.append(_Playing(episode, group, repeats * self._group_size + sample))
+        self._groups.append(group)
+        return group
+
+    def _unfinished(self) -> Iterator[_Playing]:
+        for group in self._groups if self.num_unfinished else ():
+            yield from (playing for playing in group.playing if not playing.episode.done)
+
+    def _go_on(self) -> None:
+        """After a pause: what was given up begins again, in order of submission."""
+        if self._is_paused:
+            self._is_paused = False
+            for playing in list(self._unfinished()):
+                self._start(playing)
+
+    def _start(self, playing: _Playing) -> None:
+        """Under a salt of its own, so that nothing computed before is found again."""
+        playing.cache_salt = f"trajectory-{self._next_salt}"
+        self._next_salt += 1
+        if playing.episode.pending is not None:
+            self._search_for(playing, playing.episode.pending)
+        else:
+            self._advance(playing)
 
     def _play_on(self) -> bool:
         """One round of all engines and the search backend; False when nothing came out of it."""
@@ -229,7 +298,10 @@ class Player:
         request = playing.episode.on_completion(completion)
         if request is None:
             self._advance(playing)
-            return
+        else:
+            self._search_for(playing, request)
+
+    def _search_for(self, playing: _Playing, request: SearchRequest) -> None:
         known = self._journal.lookup_search(self._key(playing, Role.SIMULATOR, turn=request.turn), request)
         if known is not None:
             playing.episode.on_search_result(known)
@@ -242,9 +314,7 @@ class Player:
         """Ask for the trajectory's next completion, or file the trajectory when it is over."""
         episode = playing.episode
         if episode.done:
-            group = self._group_of.pop(id(playing))
-            group.trajectories[episode.sample] = episode.trajectory()
-            group.num_unfinished -= 1
+            playing.group.num_unfinished -= 1
             self._engine.end(Role.POLICY, playing.cache_salt)
             return
         key = self._key(playing, Role.POLICY)
@@ -257,9 +327,9 @@ class Player:
         self._sampled[request_id] = playing
         sampling = Sampling(
             max_new_tokens=episode.max_new_tokens(),
-            temperature=playing.sampling.temperature,
-            top_p=playing.sampling.top_p,
-            top_k=playing.sampling.top_k,
+            temperature=playing.group.sampling.temperature,
+            top_p=playing.group.sampling.top_p,
+            top_k=playing.group.sampling.top_k,
             seed=seed_for(
                 self._run_seed,
                 step=key.step,
@@ -313,9 +383,3 @@ class Player:
                 f"{self._max_failed_share} allows ({allowed}). First reasons: {'; '.join(errors[:3])[:600]}. "
                 "Repair the search backend and resume, or raise the share."
             )
-
-
-def _finished(group: _PlayingGroup) -> Group:
-    trajectories = tuple(trajectory for trajectory in group.trajectories if trajectory is not None)
-    assert len(trajectories) == len(group.trajectories), "a group was returned before it was finished"
-    return Group(question=group.question, trajectories=trajectories)

@@ -94,6 +94,15 @@ class Scheduler:
         if not context.busy:
             self._free_slot(context)
 
+    def abort(self, request_id: int) -> None:
+        """Drop a request if it is unfinished; what was computed for its context stays with the context."""
+        for queue in (self._waiting, self._running):
+            for request in queue:
+                if request.request_id == request_id:
+                    queue.remove(request)
+                    self._let_go(request)
+                    return
+
     def forget_kv(self) -> None:
         """The weights changed: nothing stored may be used again. Running requests compute their tokens anew."""
         running = {id(request.context): request for request in self._running}
@@ -115,6 +124,9 @@ class Scheduler:
     def finish(self, request: Request) -> None:
         """Its slot is free, or kept with what was computed where the context may go on."""
         self._running.remove(request)
+        self._let_go(request)
+
+    def _let_go(self, request: Request) -> None:
         self._request_ids.discard(request.request_id)
         request.context.busy = False
         request.context.last_used = self._clock

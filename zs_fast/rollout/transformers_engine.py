@@ -7,7 +7,7 @@ and values live in preallocated slots and stay there between the turns of a traj
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -69,6 +69,10 @@ class TransformersEngine:
 
     def end(self, role: Role, cache_salt: str) -> None:
         self._lane(role).scheduler.end(cache_salt)
+
+    def abort(self, role: Role, request_ids: Collection[int]) -> None:
+        for request_id in request_ids:
+            self._lane(role).scheduler.abort(request_id)
 
     def publish(self, version: int) -> None:
         self._version = version

@@ -246,6 +246,11 @@ class VllmCore:
             # vLLM asks its detokenizer whether a stop string is there, and ends the request when it says so.
             self._engine.output_processor.request_states[internal].detokenizer = stop_watch(stopped)
 
+    def abort(self, keys: Sequence[str]) -> None:
+        """Drop unfinished requests; nothing comes back for them."""
+        if keys:
+            self._engine.abort_request(list(keys))
+
     @property
     def lora_manager(self) -> Any:
         """vLLM's own, of an engine that was built with adapter slots."""

@@ -118,6 +118,10 @@ class VllmEngine:
     def end(self, role: Role, cache_salt: str) -> None:
         """Nothing to do: blocks that no running request holds are the first to be overwritten."""
 
+    def abort(self, role: Role, request_ids: Collection[int]) -> None:
+        lane = self._lane(role)
+        lane.abort([request_id for request_id in request_ids if request_id in lane.unfinished])
+
     def publish(self, version: int) -> None:
         self._version = version
         busy = [role for role, lane in self._lanes.items() if lane.unfinished]
@@ -197,6 +201,11 @@ class _Lane:
             adapter=self.served.adapter(self._role),
         )
         self.unfinished[request_id] = version
+
+    def abort(self, request_ids: Collection[int]) -> None:
+        self.served.core.abort([f"{self._role}:{request_id}" for request_id in request_ids])
+        for request_id in request_ids:
+            del self.unfinished[request_id]
 
     def note_step(self) -> None:
         self._counts["steps"] += bool(self.unfinished)

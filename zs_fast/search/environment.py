@@ -84,6 +84,16 @@ class Episode:
         return len(self._turns)
 
     @property
+    def turns(self) -> tuple[Turn, ...]:
+        """Those so far."""
+        return tuple(self._turns)
+
+    @property
+    def pending(self) -> SearchRequest | None:
+        """The search whose documents are awaited."""
+        return self._pending
+
+    @property
     def done(self) -> bool:
         return self._stop_reason is not None
 

@@ -8,7 +8,7 @@ a search without documents comes back as failed, once.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -30,6 +30,8 @@ class SimulatorEngine(Protocol):
     def add(
         self, request_id: int, prompt_ids: list[int], sampling: Sampling, *, role: Role, cache_salt: str | None = None
     ) -> None: ...
+
+    def abort(self, role: Role, request_ids: Collection[int]) -> None: ...
 
 
 class SimulatorCodec(Protocol):
@@ -133,6 +135,11 @@ class SimulatedSearch:
             self._answered = {asked: known for asked, known in self._answered.items() if asked.step >= first.step - 1}
             if not result.failed:
                 self._answered[call.asked] = result
+
+    def cancel(self) -> None:
+        """Give up all searches under way. Asked again, they get the same documents: seeds are those of the request."""
+        self._engine.abort(Role.SIMULATOR, list(self._pending))
+        self._pending, self._under_way, self._answered, self._results = {}, {}, {}, []
 
     def poll(self) -> list[SearchResult]:
         """The searches finished since the last call, in the order they finished."""

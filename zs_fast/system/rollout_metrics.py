@@ -53,6 +53,29 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return metrics | _source_metrics(counted)
 
 
+def staleness_metrics(groups: Sequence[Group], *, version: int, max_staleness: int) -> dict[str, float]:
+    """How old the weights were that wrote a step's tokens, against those before its update (`version`).
+
+    staleness/mean           in updates, over the policy's tokens
+    staleness/share_<n>      share of tokens of age n, for 0 .. max_staleness
+    staleness/mixed_share    trajectories whose turns are of several versions
+    """
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    tokens = dict.fromkeys(range(max_staleness + 1), 0)
+    for trajectory in trajectories:
+        for turn in trajectory.turns:
+            tokens[version - turn.completion.policy_version] += len(turn.completion.token_ids)
+    total = sum(tokens.values())
+    if not total:
+        return {}
+    mixed = [len({turn.completion.policy_version for turn in t.turns}) > 1 for t in trajectories]
+    return {
+        "staleness/mean": sum(age * count for age, count in tokens.items()) / total,
+        **{f"staleness/share_{age}": count / total for age, count in tokens.items()},
+        "staleness/mixed_share": _mean(map(float, mixed)),
+    }
+
+
 def _source_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     by_source: dict[str, list[Trajectory]] = defaultdict(list)
     for trajectory in trajectories:

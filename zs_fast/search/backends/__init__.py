@@ -18,6 +18,10 @@ class SearchBackend(Protocol):
         """Hand over a completion that the engine finished for this backend; one without a model never gets any."""
         ...
 
+    def cancel(self) -> None:
+        """Give up all searches under way, and forget replies kept for others: no result of theirs comes any more."""
+        ...
+
     def poll(self) -> list[SearchResult]:
         """The searches finished since the last call, maybe none. Each submitted request comes back exactly once."""
         ...

@@ -83,6 +83,9 @@ class Bm25Search:
     def deliver(self, completion: Completion) -> None:
         raise AssertionError(f"BM25 asks no model, yet a completion of role {completion.role} came back")
 
+    def cancel(self) -> None:
+        self._waiting = []
+
     def poll(self) -> list[SearchResult]:
         """The top passages of every waiting query, best first; the first passages for a query without words."""
         requests, self._waiting = self._waiting, []

@@ -17,6 +17,9 @@ class ClosedBook:
     def deliver(self, completion: Completion) -> None:
         raise AssertionError(f"a closed book asks no model, yet a completion of role {completion.role} came back")
 
+    def cancel(self) -> None:
+        self._waiting = []
+
     def poll(self) -> list[SearchResult]:
         requests, self._waiting = self._waiting, []
         return [SearchResult(request=request, documents=(), mode=SearchMode.REAL) for request in requests]
