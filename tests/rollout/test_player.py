@@ -378,6 +378,7 @@ def test_no_completion_rests_on_keys_and_values_of_older_weights():
         player.submit(question, step=1, noise_probability=0.0)
     generator = torch.Generator().manual_seed(0)
     for version in (1, 2):
+        player._go_on()
         for _ in range(20):
             player._play_on()
         player.pause()
