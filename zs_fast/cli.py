@@ -35,7 +35,7 @@ RECIPE is a name ({recipes}) or a path to a .toml file; several merge left to ri
 `zs-fast train --help` lists every field of a recipe; each is a flag, as in --train.steps 20.
 Common: --output DIR, --data FILE, --seed N, --resume, --json (the last stdout line is one JSON document).
 """
-SUBJECTS = ("ops", "train_step")
+SUBJECTS = ("ops", "train_step", "rollout")
 SPEAKING_TIME_S = 60.0
 """Longest time that the process which reports an error gets to close its files and do so."""
 MISSING_EXTRA = "zs-fast {command} needs the package {package}, which is not installed: pip install 'zs-fast[train]'"

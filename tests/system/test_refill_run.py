@@ -11,6 +11,7 @@ import pytest
 import zs_fast.train
 from zs_fast.errors import ConfigError
 from zs_fast.recipe_files import load_recipe
+from zs_fast.rollout.play import Player
 from zs_fast.train import train
 
 STEPS = 4
@@ -108,7 +109,7 @@ def test_a_resume_from_any_step_ends_in_the_same_bytes(whole_run, tmp_path, step
 
 def test_a_run_stopped_in_the_middle_of_a_rollout_goes_on_from_the_last_update(whole_run, tmp_path, monkeypatch):
     """Saved is what was carried at the update, not what has been played since."""
-    real = zs_fast.train.Player._play_on
+    real = Player._play_on
     rounds = iter(range(10**9))
     stopped = tmp_path / "stopped"
 
@@ -117,7 +118,7 @@ def test_a_run_stopped_in_the_middle_of_a_rollout_goes_on_from_the_last_update(w
             raise KeyboardInterrupt
         return real(player)
 
-    monkeypatch.setattr(zs_fast.train.Player, "_play_on", stops)
+    monkeypatch.setattr(Player, "_play_on", stops)
     with pytest.raises(KeyboardInterrupt):
         train(refilled_run(stopped, **{"train.save_every": 0, "train.eval_every": 2}))
     monkeypatch.undo()
