@@ -96,7 +96,7 @@ def write_trace(trace: Trace, path: Path = TRACE) -> None:
 
 
 class TraceCodec:
-    """Text and ids of one role: prompts and documents of the trace's lengths, completions of the meaning given to them."""
+    """Text and ids of one role: prompts and documents have the lengths of the trace, completions a given meaning."""
 
     added_ids: frozenset[int] = frozenset()
     eos_ids: frozenset[int] = frozenset()
