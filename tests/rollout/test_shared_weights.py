@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from zs_fast.config import EngineConfig, RunConfig, SamplingConfig
+from zs_fast.config import AlgorithmConfig, EngineConfig, GameConfig, RunConfig, SamplingConfig, TrainConfig
 from zs_fast.errors import PreflightError
+from zs_fast.learn.algorithms import credit
+from zs_fast.learn.pack import pack
+from zs_fast.learn.roles import Roles, score
+from zs_fast.learn.update import Updater
+from zs_fast.rollout.play import Player
 from zs_fast.rollout.shared_weights import served_tensors, share, trainer_logprobs
+from zs_fast.rollout.transformers_engine import TransformersEngine
 from zs_fast.rollout.vllm_core import require_vllm
+from zs_fast.search.codec import Codec
 from zs_fast.setup import build_arena, load_served
-from zs_fast.testing import tiny_model
+from zs_fast.testing import ScriptedSearch, tiny_model
+from zs_fast.types import Question, Role, Sampling
 
 
 class FusedLinear(nn.Linear):
@@ -150,3 +159,69 @@ def test_an_old_vllm_is_refused(monkeypatch):
 def test_settings_that_vllm_does_not_offer_are_refused(config, message):
     with pytest.raises(PreflightError, match=message):
         build_arena(config, tiny_model(), device=torch.device("cpu"))
+
+
+def recorded_groups(loaded, steps: int):
+    """What one engine played: groups of two trajectories with its own log-probabilities, and rewards that differ."""
+    game = GameConfig(max_turns=2, max_new_tokens=12, max_context_tokens=1500)
+    engine = TransformersEngine({Role.POLICY: loaded}, slots=4, max_context_tokens=2000)
+    player = Player(
+        engine,
+        ScriptedSearch(lambda _: ["a"]),
+        Codec(loaded.tokenizer, chat_template=True),
+        game=game,
+        sampling=SamplingConfig(),
+        group_size=2,
+        run_seed=0,
+        max_failed_share=1.0,
+    )
+    played = []
+    for step in range(1, steps + 1):
+        for number in range(2):
+            question = Question(id=f"q{number}", text=f"what is {number}?", answers=("x",), source="s")
+            player.submit(question, step=step, noise_probability=0.0)
+        groups = player.collect(2)
+        played.append(
+            [replace(g, trajectories=tuple(replace(t, reward=float(t.sample)) for t in g.trajectories)) for g in groups]
+        )
+    return played
+
+
+def trained_state(policy, played, sample_with):
+    """Numbers, weights and moments after an update per step; `sample_with` is the engine that samples between them."""
+    algorithm = AlgorithmConfig(correction="token", kl_coefficient=0.01)
+    roles = Roles(policy=policy, reference=tiny_model("qwen2", dtype=DTYPE_NAMES[policy.model.dtype]), temperature=1.0)
+    train = TrainConfig(learning_rate=1e-2, mini_batches=2, group_size=2, questions_per_step=2)
+    updater = Updater(roles, train, algorithm, total_steps=len(played))
+    numbers = []
+    for version, groups in enumerate(played, start=1):
+        sample_with.add(0, [1, 2, 3], Sampling(max_new_tokens=5), role=Role.POLICY)
+        while sample_with.num_unfinished:
+            sample_with.step()
+        packed = pack(groups, token_budget=4096)
+        scored = score(packed, roles, old_logprobs=updater.needs_old_logprobs)
+        numbers.append(updater.update(credit(scored, algorithm)).values)
+        sample_with.publish(version)
+    weights = {name: tensor.detach().clone() for name, tensor in policy.model.named_parameters()}
+    return numbers, weights | updater.state_tensors()
+
+
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES.values())
+def test_equal_rollouts_give_equal_trainer_state_whether_weights_are_ones_own_or_views(dtype):
+    """The stand-in of vLLM holds fused tensors; with vLLM itself, see tests/vllm/test_vllm_training.py."""
+    own, shared = tiny_model("qwen2", dtype=dtype), tiny_model("qwen2", dtype=dtype)
+    share(shared, served_tensors(Fused(shared.model.config).to(shared.model.dtype)))
+    played = recorded_groups(own, steps=2)
+    one = TransformersEngine({Role.POLICY: own}, slots=4, max_context_tokens=2000)
+    other = TransformersEngine({Role.POLICY: shared}, slots=1, max_context_tokens=500, batch_invariant=False)
+    numbers, state = trained_state(own, played, one)
+    other_numbers, other_state = trained_state(shared, played, other)
+    assert numbers == other_numbers and numbers[1]["ratio/mean"] != 1.0 and numbers[0]["grad_norm"] > 0
+    assert state.keys() == other_state.keys() and len(state) > 2 * len(list(own.model.parameters()))
+    for name, tensor in state.items():
+        assert torch.equal(tensor, other_state[name]), name
+    untouched = dict(tiny_model("qwen2", dtype=dtype).model.named_parameters())
+    assert any(not torch.equal(state[name], tensor) for name, tensor in untouched.items())

@@ -342,3 +342,18 @@ def test_threads_can_still_be_set(small, vllm_engine):
     torch.set_num_threads(2)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
+
+
+def test_aborted_requests_never_come_back_and_hold_nothing_up(vllm_engine, small, prompt, sample):
+    engine = vllm_engine(small())
+    alone = sample(engine, prompt(0, 40))
+    for request_id in range(1, 4):
+        engine.add(request_id, prompt(request_id, 40), Sampling(max_new_tokens=200), role=Role.POLICY)
+    for _ in range(5):
+        assert engine.step() == []
+    engine.abort(Role.POLICY, [1, 2, 3, 9])
+    assert engine.num_unfinished == 0 and engine.step() == []
+    engine.publish(1)
+    again = sample(engine, prompt(0, 40))
+    assert again.token_ids == alone.token_ids and again.policy_version == 1
+    assert engine.release_kv() > 0
