@@ -28,6 +28,7 @@ from zs_fast.models.lora import adapter_rank, is_adapter_folder, load_adapter, r
 from zs_fast.ranks import check_recipe, hold_run_folder, pack_share, play
 from zs_fast.report.page import write_report
 from zs_fast.report.plots import reward_curve
+from zs_fast.rollout.engine import StepCounts
 from zs_fast.rollout.play import Refill
 from zs_fast.search.curriculum import noise_probability
 from zs_fast.search.data import QuestionOrder, load_questions
@@ -135,6 +136,7 @@ class _Run:
             trained=self.policy.model,
             served=partial(self.arena.engine.served, Role.POLICY),
         )
+        self.counts = StepCounts(self.arena.engine)
         self.memory = Memory(device, engine=self.arena.engine if config.engine.release_kv else None)
         self.evaluations: dict[str, dict[str, Any]] = {}
         self.saved_step = self.evaluated_step = self.batches_played = self.first_step - 1
@@ -184,7 +186,7 @@ class _Run:
             metrics = {"curriculum/noise_probability": noise} | rollout_metrics(groups) | search_statistics(searches)
             if config.train.max_staleness:
                 metrics |= staleness_metrics(groups, version=step - 1, max_staleness=config.train.max_staleness)
-            timings = largest(self.memory.take() | self.updater.timings())
+            timings = largest(self.memory.take() | self.updater.timings() | self.counts.take())
             log.step(step, metrics | dict(stats.values), timings | self._rates(groups, timings), groups)
             if self._is_due(config.train.eval_every, step):
                 with self._kept_on_failure(step):
@@ -354,6 +356,7 @@ class _Run:
             when = "before" if step == 0 else "after"
             self.evaluations.setdefault(name, {})[when] = _jsonable(evaluation)
         self.evaluated_step = step
+        self.counts.take()  # an evaluation's are no step's
 
     def _seconds(self) -> float:
         """Of this process and, after a resume, of those before it up to their last checkpoint."""

@@ -79,7 +79,7 @@ def test_a_kept_context_computes_only_what_is_new():
     queue.finish(turn)
     add(queue, 1, 16, "a")
     assert [pieces for _, pieces in queue.next_pieces()] == [[(10, 16)]]
-    assert queue.counts == {"prefill_tokens": 16, "reused_tokens": 10, "evictions": 0}
+    assert queue.counts == {"prefill_tokens": 16, "reused_tokens": 10, "recomputed_tokens": 0, "evictions": 0}
 
 
 def test_who_may_evict_whom():
@@ -97,6 +97,7 @@ def test_who_may_evict_whom():
     add(queue, 4, 12, "b")
     assert ids(queue.next_pieces()) == [4], "one that was begun goes before, and may evict"
     assert queue.counts["evictions"] == 2 and queue.num_waiting == 1
+    assert queue.counts["recomputed_tokens"] == 10, "what it had computed before its slot went"
 
 
 def test_new_weights_make_a_running_request_compute_everything_again():
@@ -106,6 +107,7 @@ def test_new_weights_make_a_running_request_compute_everything_again():
     sampled(request)
     queue.forget_kv()
     assert queue.next_pieces() == [(request, [(0, 10), (10, 11)])]
+    assert queue.counts["recomputed_tokens"] == 10
 
 
 def test_an_ended_context_gives_its_slot_back():

@@ -70,10 +70,34 @@ class EngineStats:
     """Tokens sampled."""
     reused_tokens: int = 0
     """Prompt tokens whose keys and values were still there."""
+    recomputed_tokens: int = 0
+    """Of `prefill_tokens`, those computed before whose keys and values had to go: their slot went to another request,
+    or weights changed under a running one. Not counted by vLLM."""
     evictions: int = 0
     """Kept contexts that lost their slot to a waiting request; vLLM evicts blocks, and counts none."""
     steps: int = 0
     """Forwards that the role had a part in."""
+
+
+class StepCounts:
+    """What an engine's counts of all roles rose by since the last look, for timings.jsonl."""
+
+    NAMES = ("prefill_tokens", "reused_tokens", "recomputed_tokens", "evictions")
+
+    def __init__(self, engine: LocalEngine) -> None:
+        self._engine = engine
+        self._seen = self._totals()
+
+    def take(self) -> dict[str, float]:
+        """rollout/<name> for each of NAMES, policy and simulator together."""
+        now = self._totals()
+        risen = {f"rollout/{name}": float(now[name] - self._seen[name]) for name in self.NAMES}
+        self._seen = now
+        return risen
+
+    def _totals(self) -> dict[str, int]:
+        stats = self._engine.stats().values()
+        return {name: sum(getattr(one, name) for one in stats) for name in self.NAMES}
 
 
 class LocalEngine(Engine, Protocol):

@@ -56,7 +56,7 @@ class Scheduler:
         self._request_ids: set[int] = set()
         self._contexts: dict[str, Context] = {}
         self._clock = 0
-        self.counts = dict.fromkeys(("prefill_tokens", "reused_tokens", "evictions"), 0)
+        self.counts = dict.fromkeys(("prefill_tokens", "reused_tokens", "recomputed_tokens", "evictions"), 0)
 
     @property
     def num_unfinished(self) -> int:
@@ -112,6 +112,7 @@ class Scheduler:
                 self._free_slot(context)
             else:
                 start = context.bounds[-1]
+                self.counts["recomputed_tokens"] += start
                 request.plan = deque([*context.pieces(), *(piece for piece in request.plan if piece[0] >= start)])
                 context.token_ids, context.bounds = [], [0]
 
@@ -153,6 +154,7 @@ class Scheduler:
                     request.context.keep_prefix(request.prompt_ids)
                     request.plan.extend(request.context.pieces())
                     replayed = request.context.bounds[-1]
+                    self.counts["recomputed_tokens"] += replayed
                     request.context.token_ids, request.context.bounds = [], [0]
                 else:
                     kept = replayed = request.context.keep_prefix(request.prompt_ids)
