@@ -12,6 +12,7 @@ from zs_fast.learn.critic import Critic, CriticUpdater
 from zs_fast.learn.pack import pack
 from zs_fast.learn.roles import Roles, score
 from zs_fast.learn.update import Updater
+from zs_fast.models.lora import attach_adapter
 from zs_fast.testing import tiny_model
 
 PPO = AlgorithmConfig(name="ppo", kl_coefficient=0.0)
@@ -35,13 +36,20 @@ def test_a_new_critic_says_0_everywhere(make_groups) -> None:  # type: ignore[no
     torch.testing.assert_close(batch.returns[packed.loss_index].double(), expected, rtol=1e-6, atol=0)
 
 
-def test_it_learns_to_foresee_the_reward(make_trajectory, make_group) -> None:  # type: ignore[no-untyped-def]
+def adapter_critic() -> Critic:
+    policy = tiny_model(seed=2, **SHAPE)
+    attach_adapter(policy.model, 4)
+    return Critic.on_base(policy, 8, seed=3)
+
+
+@pytest.mark.parametrize("build", [make_critic, adapter_critic])
+def test_it_learns_to_foresee_the_reward(build, make_trajectory, make_group) -> None:  # type: ignore[no-untyped-def]
     """Prompts tell how it will end; the value loss falls and most of the returns' variance is explained."""
     groups = [
         make_group([make_trajectory([prompt, 7], [([20 + prompt, 9], [3]), ([8], [])], reward=float(prompt % 2))] * 2)
         for prompt in (1, 2, 3, 4)
     ]
-    critic = make_critic()
+    critic = build()
     updater = CriticUpdater(critic, CriticConfig(learning_rate=3e-2), TrainConfig(), total_steps=40)
     seen = [updater.update(make_batch(groups, critic)) for _ in range(40)]
     assert seen[0]["critic/loss"] == pytest.approx(0.25)  # half the mean squared return, of which half are 1
