@@ -109,6 +109,47 @@ def test_one_step_on_an_adapter_is_adamw_on_it(groups):
         torch.testing.assert_close(tensor, adapter_tensors(twin.model)[name], atol=2e-7, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_fine_tuning_moves_every_weight_and_no_frozen_copy(kind, dtype, groups):
+    policy, frozen = tiny_model(kind, dtype=dtype), tiny_model(kind, dtype=dtype)
+    roles = Roles(policy=policy, reference=frozen, temperature=1.0)
+    config = AlgorithmConfig(kl_coefficient=0.1)
+    updater = Updater(roles, TrainConfig(learning_rate=1e-1), config, total_steps=2)
+    packed = pack(groups, token_budget=16)
+    before = roles.logprobs(Role.REFERENCE, packed)
+    for _ in range(2):
+        updater.update(credit(score(packed, roles), config))
+    assert torch.equal(roles.logprobs(Role.REFERENCE, packed), before)
+    for name, tensor in policy.model.named_parameters():
+        assert not torch.equal(tensor, frozen.model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_narrow_adapter_is_stepped_in_float32_and_rounded_once(kind, groups):
+    """Against torch's AdamW on float32 copies with the gradients that the backward pass gave: masters to 1e-8."""
+    loaded = tiny_model(kind, dtype="bfloat16")
+    attach_adapter(loaded.model, 4, seed=7)
+    config = AlgorithmConfig(name="reinforce", kl_coefficient=0.0)
+    roles = Roles(policy=loaded, reference=None, temperature=1.0)
+    updater = Updater(roles, TrainConfig(learning_rate=1e-3, max_grad_norm=1e9), config, total_steps=1)
+    ours = adapter_tensors(loaded.model)
+    exact = {name: torch.nn.Parameter(tensor.detach().float()) for name, tensor in ours.items()}
+    gradients: dict[str, list[torch.Tensor]] = {name: [] for name in ours}
+    for name, tensor in ours.items():
+        tensor.register_hook(lambda gradient, name=name: gradients[name].append(gradient.float()))
+    base = {name: tensor.clone() for name, tensor in loaded.model.named_parameters() if ".lora_" not in name}
+    updater.update(credit(score(pack(groups, token_budget=64), roles), config))
+    for name, copy in exact.items():
+        copy.grad = torch.stack(gradients[name]).sum(0)
+    torch.optim.AdamW(exact.values(), lr=1e-3, weight_decay=0.01).step()
+    masters = updater.state_tensors()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(masters[f"master.{name}"], exact[name].detach(), atol=1e-8, rtol=1e-6)
+        assert torch.equal(tensor, masters[f"master.{name}"].bfloat16()), name
+    assert all(torch.equal(loaded.model.get_parameter(name), tensor) for name, tensor in base.items())
+
+
 def twin_logprobs(roles: Roles, batch) -> torch.Tensor:
     from zs_fast.learn.policy import logprobs_at_loss_tokens
 
