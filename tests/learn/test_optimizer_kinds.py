@@ -18,7 +18,7 @@ HAS_8_BIT = importlib.util.find_spec("bitsandbytes") is not None
 needs_8_bit = pytest.mark.skipif(not HAS_8_BIT, reason="bitsandbytes is not installed: pip install bitsandbytes")
 KINDS = ["adamw", "adamw_offload", pytest.param("adamw_8bit", marks=needs_8_bit)]
 RATE = 1e-3
-TOLERANCE = {"adamw": 2e-6, "adamw_offload": 2e-6, "adamw_8bit": 0.02}
+TOLERANCE = {"adamw": 2e-6, "adamw_offload": 2e-6, "adamw_8bit": 0.03}
 """Largest Euclidean distance from float32 AdamW's weights, relative to the way these have come. Rounding of sums for
 32-bit moments; for 8 bits 256 levels in each block of 256, which arXiv:2110.02861 finds without effect on training."""
 

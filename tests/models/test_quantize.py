@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -124,12 +126,12 @@ def test_a_short_run_learns_an_adapter_on_packed_weights(tmp_path):
 
     small = {
         "output": tmp_path / "run", "model.quantization": "nf4", "model.lora_rank": 4, "simulator.kind": "bm25",
-        "train.steps": 2, "train.questions_per_step": 2, "train.group_size": 2, "eval.search": "bm25",
+        "train.steps": 1, "train.questions_per_step": 2, "train.group_size": 2, "eval.search": "bm25",
         "eval.questions": 2, "eval.at_start": "false",
     }  # fmt: skip
     summary = train(load_recipe(["quickstart"], {key: [str(value)] for key, value in small.items()}))
-    assert summary["steps"] == 2
-    assert (tmp_path / "run" / "checkpoints" / "step_2" / "model" / "adapter_model.safetensors").is_file()
+    assert summary["steps"] == 1
+    assert (tmp_path / "run" / "checkpoints" / "step_1" / "model" / "adapter_model.safetensors").is_file()
 
 
 def test_what_goes_with_no_packed_weights_is_refused(monkeypatch, tmp_path):
@@ -138,6 +140,21 @@ def test_what_goes_with_no_packed_weights_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PreflightError, match="pip install bitsandbytes"):
         quantize_base(make().model, device=CPU)
+
+
+@needs_library
+def test_its_import_asks_no_hub_for_kernels():
+    """With the package `kernels` it would fetch a compiled one at import; a stand-in says whether it was asked."""
+    program = (
+        "import sys, types\n"
+        "hub = types.ModuleType('kernels')\n"
+        "hub.get_kernel = lambda *a, **k: sys.exit('asked the hub')\n"
+        "sys.modules['kernels'] = hub\n"
+        "from zs_fast.models.quantize import bitsandbytes\n"
+        "assert bitsandbytes('a', 'b').__name__ == 'bitsandbytes' and sys.modules['kernels'] is hub\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_library

@@ -8,15 +8,14 @@ Either works in place on whatever tensors it is given, on a GPU or on a CPU. Sou
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zs_fast.errors import CheckpointUnusableError, PreflightError
+from zs_fast.errors import CheckpointUnusableError
+from zs_fast.models.quantize import bitsandbytes
 
 Groups = Sequence[Mapping[str, Any]]
 """Of {"params": tensors, "weight_decay": number}"""
@@ -58,12 +57,7 @@ class AdamW8:
     _IN_BLOCKS = _WHOLE | {"qmap1", "qmap2", "absmax1", "absmax2"}
 
     def __init__(self, groups: Groups, *, betas: tuple[float, float], eps: float) -> None:
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise PreflightError(
-                "train.optimizer = 'adamw_8bit' needs bitsandbytes, which is not installed: pip install bitsandbytes, "
-                "or take train.optimizer = 'adamw'."
-            )
-        library = importlib.import_module("bitsandbytes")
+        library = bitsandbytes("train.optimizer = 'adamw_8bit'", "take train.optimizer = 'adamw'")
         self._adamw: Any = library.optim.AdamW8bit(list(groups), lr=0.0, betas=betas, eps=eps)
 
     def step(self, learning_rate: float) -> None:

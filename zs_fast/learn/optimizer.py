@@ -141,14 +141,14 @@ class Optimizer:
 
     def _fetch_gradients(self) -> None:
         """Copy the gradients to the masters in main memory, all at once, and wait for them."""
-        waits = False
+        devices = set()
         for name, master in self._masters.items():
             gradient = self._holders[name].grad
             if gradient is not None:
-                waits |= gradient.is_cuda
+                devices |= {gradient.device} if gradient.is_cuda else set()
                 master.grad = torch.empty_like(master, pin_memory=gradient.is_cuda).copy_(gradient, non_blocking=True)
-        if waits:
-            torch.cuda.current_stream().synchronize()
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
 
     def skip(self) -> None:
         """Drop the gradients and leave weights and moments as they are; the schedule moves on."""

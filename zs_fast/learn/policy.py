@@ -7,7 +7,7 @@ chunks, so that no [tokens, vocabulary] tensor ever exists.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,18 +47,26 @@ def training_mode(model: Any, *, gradient_checkpointing: bool, offload: bool = F
     """Gradient checkpointing on inside, off outside. Otherwise the model stays in eval mode, as it samples: dropout
     would make its log-probabilities differ from those it sampled with.
 
-    offload: what checkpointing holds between forward and backward pass waits in main memory (`offload_activations`).
+    offload: what checkpointing holds of the trunk between forward and backward pass waits in main memory
+    (`offload_activations`); the head, whose weight its backward pass reads, is no part of that.
     """
     if not gradient_checkpointing:
         yield
         return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    on_gpu = next(model.parameters()).is_cuda
-    elsewhere = torch.autograd.graph.save_on_cpu(pin_memory=on_gpu) if offload else nullcontext()
+    trunk: Any = getattr(model, "model", model)
+    forward = trunk.forward
+
+    def in_main_memory(*arguments: Any, **options: Any) -> Any:
+        with torch.autograd.graph.save_on_cpu(pin_memory=next(trunk.parameters()).is_cuda):
+            return forward(*arguments, **options)
+
+    if offload:
+        trunk.__dict__["forward"] = in_main_memory
     try:
-        with elsewhere:
-            yield
+        yield
     finally:
+        trunk.__dict__.pop("forward", None)
         model.eval()
         model.gradient_checkpointing_disable()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
+import sys
 from typing import Any
 
 import torch
@@ -25,16 +27,38 @@ def quantize_base(model: nn.Module, *, device: torch.device) -> None:
 
     Adapters that are on it stay as they are. Raises PreflightError where bitsandbytes is not installed.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise PreflightError(
-            "model.quantization = 'nf4' needs bitsandbytes, which is not installed: pip install bitsandbytes, or leave "
-            "model.quantization out."
-        )
-    library = importlib.import_module("bitsandbytes")
+    library = bitsandbytes("model.quantization = 'nf4'", "leave model.quantization out")
     for name, layer in packable(model).items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, _packed(layer, library, device))
     model.to(device)
+
+
+def bitsandbytes(setting: str, otherwise: str) -> Any:
+    """The bitsandbytes module. PreflightError that names the setting that needs it, and the way without it, where it is
+    not installed.
+
+    On import it would fetch a compiled kernel from a hub, where the package `kernels` is installed. Here nothing is
+    downloaded and nobody's binary is run that was not installed on purpose: it finds no such package.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise PreflightError(
+            f"{setting} needs bitsandbytes, which is not installed: pip install bitsandbytes, or {otherwise}."
+        )
+    if "bitsandbytes" in sys.modules:
+        return sys.modules["bitsandbytes"]
+    hub_kernels = sys.modules.get("kernels")
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = log.level
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    log.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("bitsandbytes")
+    finally:
+        log.setLevel(level)
+        del sys.modules["kernels"]
+        if hub_kernels is not None:
+            sys.modules["kernels"] = hub_kernels
 
 
 def packable(model: nn.Module) -> dict[str, nn.Linear]:
