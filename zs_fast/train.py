@@ -204,22 +204,28 @@ class _Run:
         player, refill = self.arena.training_player, None
         played: list[Group] = []
         live: list[Group] = []
-        for extra in range(algorithm.max_resampled_batches + 1):
-            progress = partial(self.log.progress, "rollout" if extra == 0 else f"rollout, batch {extra + 1}")
-            batch = self.batches_played + extra
+        batches = 0
+        while batches <= algorithm.max_resampled_batches and len(live) < number:
+            progress = partial(self.log.progress, f"rollout, batch {batches + 1}" if batches else "rollout")
+            batch = self.batches_played + batches
+            questions = self.order.batch(batch, number)
             if self.config.train.max_staleness:
                 refill = Refill(partial(self._begin_ahead, step, batch), self.config.engine.slots)
-            questions = self.order.batch(batch, number)
-            played += play(player, questions, step=step, noise=noise, on_progress=progress, refill=refill)
+            else:
+                # Across the end of an epoch a question may come again, and a step would play it with the same draws.
+                # Not with questions begun ahead: those are known by their place in the batch, under their own step.
+                known = {group.question.id for group in played}
+                questions = [question for question in questions if question.id not in known]
+            if questions:
+                played += play(player, questions, step=step, noise=noise, on_progress=progress, refill=refill)
             live = [group for group in played if has_signal(group, algorithm.mask_stop_reasons)]
-            if len(live) >= number:
-                break
+            batches += 1
         chosen = played
-        if len(played) > number:
+        if batches > 1:
             dead = [group for group in played if not has_signal(group, algorithm.mask_stop_reasons)]
             chosen = (live + dead)[:number]
         player.pause()
-        return _Played(played, chosen, self.batches_played + len(played) // number, player.carried())
+        return _Played(played, chosen, self.batches_played + batches, player.carried())
 
     def _begin_ahead(self, step: int, batch: int) -> bool:
         """While `batch` is played in `step`: submit the next question of a coming step; False when none may begin."""
