@@ -161,6 +161,9 @@ ALGORITHM_DEFAULTS: dict[str, dict[str, object]] = {
 }
 """What `algorithm.name` sets besides the advantages, as its paper has it; a key that is given wins."""
 
+WITHIN_GROUPS = frozenset({"grpo", "rloo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce++-baseline"})
+"""Names whose advantages compare the trajectories of one question: a group of one teaches them nothing."""
+
 
 class AlgorithmConfig(Section):
     """How rewards become advantages, and advantages a loss.
@@ -256,7 +259,33 @@ class AlgorithmConfig(Section):
                 "algorithm.correction weighs the trainer's old log-probabilities against the sampler's, but "
                 "algorithm.old_logprobs = 'sampler' uses the sampler's alone. Choose one of the two."
             )
+        if self.dual_clip is not None and self.policy_loss not in ("ppo", "gspo"):
+            raise ValueError(
+                f"algorithm.dual_clip is {self.dual_clip}, but algorithm.policy_loss = {self.policy_loss!r} has no "
+                "clip for it to bound. Leave it out, or take the policy loss 'ppo' or 'gspo'."
+            )
+        if self.kl_target is not None and not self.kl_coefficient:
+            raise ValueError(
+                f"algorithm.kl_target is {self.kl_target}, but algorithm.kl_coefficient, which it steers by factors, "
+                f"is 0 (algorithm.name = {self.name!r} may have set it). Give one to start from, such as 0.001."
+            )
+        self._check_trained_documents()
         return self
+
+    def _check_trained_documents(self) -> None:
+        """What asks how the policy wrote a token has no answer for a document's."""
+        if self.mask_documents:
+            return
+        if self.old_logprobs == "sampler":
+            raise ValueError(
+                "algorithm.mask_documents = false trains on documents, which the sampler did not write, but "
+                "algorithm.old_logprobs = 'sampler' starts every ratio from its log-probabilities. Take 'trainer'."
+            )
+        if self.overlong_limit:
+            raise ValueError(
+                f"algorithm.overlong_limit is {self.overlong_limit}: it counts the tokens that the policy wrote, and "
+                "with algorithm.mask_documents = false documents would count too. Set one of the two back."
+            )
 
 
 class CriticConfig(Section):
@@ -459,10 +488,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.algorithm.name == "grpo" and self.train.group_size < 2:
+        if self.algorithm.name in WITHIN_GROUPS and self.train.group_size < 2:
             raise ValueError(
-                f"train.group_size is {self.train.group_size}, but algorithm.name = 'grpo' compares trajectories of "
-                "one question and needs at least 2. Raise it, or use algorithm.name = 'reinforce'."
+                f"train.group_size is {self.train.group_size}, but algorithm.name = {self.algorithm.name!r} compares "
+                "trajectories of one question and needs at least 2. Raise it, or use algorithm.name = 'reinforce'."
             )
         if self.train.mini_batches > self.train.questions_per_step:
             raise ValueError(

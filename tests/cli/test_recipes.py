@@ -121,6 +121,26 @@ WRONG = {
     "short list": ("[train]\nbetas = [0.9]", ["train.betas = [0.9]", "a list of 2"]),
     "date": ("seed = 2020-01-01", ["2020-01-01", "date"]),
     "rule over two fields": ("[train]\ngroup_size = 1", ["train.group_size is 1", "grpo", "at least 2"]),
+    "rloo with a group of one": (
+        '[algorithm]\nname = "rloo"\n[train]\ngroup_size = 1',
+        ["train.group_size is 1", "'rloo'", "at least 2"],
+    ),
+    "dual clip of a weight": (
+        '[algorithm]\nname = "cispo"\ndual_clip = 3.0',
+        ["dual_clip is 3.0", "'cispo'", "no clip"],
+    ),
+    "target of no KL": (
+        '[algorithm]\nname = "gspo"\nkl_target = 0.1',
+        ["kl_target is 0.1", "kl_coefficient", "'gspo'"],
+    ),
+    "ratios of documents": (
+        '[algorithm]\nmask_documents = false\nold_logprobs = "sampler"',
+        ["mask_documents = false", "old_logprobs", "Take 'trainer'"],
+    ),
+    "length of documents": (
+        "[algorithm]\nmask_documents = false\noverlong_limit = 9",
+        ["overlong_limit is 9", "mask_documents = false"],
+    ),
     "not TOML": ("seed = = 1", ["recipe.toml", "not valid TOML", "line 1"]),
     "twice the same key": ("seed = 1\nseed = 2", ["recipe.toml", "not valid TOML"]),
 }
