@@ -166,13 +166,14 @@ def _kl_penalty(scored: ScoredBatch, config: AlgorithmConfig, coefficient: float
     packed = scored.packed
     if config.kl_in != "reward" or not coefficient:
         return torch.zeros(packed.num_tokens, device=packed.inputs.device)
-    if scored.old_logprobs is None or scored.ref_logprobs is None:
+    old = packed.rollout_logprobs if config.old_logprobs == "sampler" else scored.old_logprobs
+    if old is None or scored.ref_logprobs is None:
         raise ValueError(
             "algorithm.kl_in = 'reward' takes the log-probabilities of policy and reference before the update; "
             "score(...) the batch with old_logprobs=True and a reference"
         )
     return coefficient * kl_estimates(
-        scored.old_logprobs,
+        old,
         scored.ref_logprobs,
         estimator=config.kl_estimator,
         clamp="verl",
