@@ -356,6 +356,9 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass: less memory, about a quarter more time."""
     offload_activations: bool = False
     """Keep what gradient checkpointing still holds, one hidden state per layer, in main memory until it is needed."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """`fsdp2`: the trained weights, their gradients and AdamW's moments lie in pieces on all processes, for a model
+    whose training is too large for one card; each process keeps a whole copy in model.dtype to play with."""
     rank_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     """Several processes: longest wait for another one, in seconds. A rollout may be done that much sooner elsewhere."""
 

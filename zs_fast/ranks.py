@@ -9,19 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from zs_fast.config import RunConfig
 from zs_fast.errors import PreflightError
 from zs_fast.learn.batch import PackedBatch
 from zs_fast.learn.pack import pack
+from zs_fast.learn.sharding import shard_model
+from zs_fast.models.load import DTYPES, LoadedModel, load_model
+from zs_fast.models.lora import adapter_rank
+from zs_fast.rollout.engine import LocalEngine
 from zs_fast.rollout.play import Player, Progress, Refill
 from zs_fast.system.checkpoint import CheckpointStore
 from zs_fast.system.distributed import gather, is_main, rank, together, world_size
 from zs_fast.system.exchange import groups_from_json, groups_to_json
 from zs_fast.system.lock import check_writable, run_lock
-from zs_fast.types import Group, Question
+from zs_fast.system.weights import CopyPublisher, WeightPublisher
+from zs_fast.types import Group, Question, Role
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +54,59 @@ def check_recipe(config: RunConfig) -> None:
             f"train.max_staleness is {config.train.max_staleness}, which runs in one process, but torchrun started "
             f"{world_size()}: what a rank begins early is not shared. Set it to 0, or start one process."
         )
+
+
+def check_sharding(config: RunConfig) -> None:
+    """Raise PreflightError for what can't be trained in pieces."""
+    if config.train.sharding == "none":
+        return
+    if world_size() == 1:
+        raise PreflightError(
+            "train.sharding = 'fsdp2' cuts the weights over several processes, but there is one. Start more with "
+            "`torchrun --nproc-per-node N -m zs_fast.cli train RECIPE`, or leave train.sharding at 'none'."
+        )
+    if config.model.lora_rank or config.critic.lora_rank:
+        raise PreflightError(
+            "train.sharding = 'fsdp2' is for training all weights: an adapter is a small part, on the base that each "
+            "process holds to play with. Set model.lora_rank and critic.lora_rank to 0, or train.sharding to 'none'."
+        )
+    if config.train.optimizer == "adamw_8bit":
+        raise PreflightError(
+            "train.optimizer = 'adamw_8bit' keeps moments in blocks that fit no cut; with train.sharding = 'fsdp2' take "
+            "'adamw' or 'adamw_offload'."
+        )
+
+
+def trained_policy(config: RunConfig, served: LoadedModel, weights: str | Path, device: torch.device) -> LoadedModel:
+    """The policy that the update trains: what the engine samples with itself, or the same weights, read from `weights`
+    and in pieces."""
+    if config.train.sharding == "none":
+        return served
+    if adapter_rank(served.model):
+        raise PreflightError(
+            f"model.path {config.model.path!r} is an adapter; train.sharding = 'fsdp2' is for training all weights. "
+            "Merge the adapter into its base first, or leave train.sharding at 'none'."
+        )
+    loaded = load_model(weights, dtype=DTYPES[config.model.dtype])
+    return replace(served, model=in_pieces(config, loaded.model, device))
+
+
+def loading_device(config: RunConfig, device: torch.device) -> torch.device:
+    """Where a model is read to that `in_pieces` takes next."""
+    return device if config.train.sharding == "none" else torch.device("cpu")
+
+
+def in_pieces(config: RunConfig, model: Any, device: torch.device, *, train: bool = True) -> Any:
+    """`model` with its weights cut over all processes, where `train.sharding` asks for it."""
+    if config.train.sharding != "none":
+        shard_model(model, device, compute_dtype=DTYPES[config.model.dtype], train=train)
+    return model
+
+
+def publisher(config: RunConfig, engine: LocalEngine, trained: LoadedModel) -> WeightPublisher:
+    """How new weights come to the engine: it has them already, or, where they are in pieces, gets a copy."""
+    kind = WeightPublisher if config.train.sharding == "none" else CopyPublisher
+    return kind(engine, trained=trained.model, served=partial(engine.served, Role.POLICY))
 
 
 def hold_run_folder(output: Path, stack: ExitStack, store: CheckpointStore | None = None) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from zs_fast.config import RunConfig, write_config
 from zs_fast.errors import ConfigError, EngineError, SimulatorError
@@ -25,7 +27,17 @@ from zs_fast.learn.update import Updater
 from zs_fast.models.attention import use_attention
 from zs_fast.models.load import DTYPES, LoadedModel, load_model, on_same_base, resolve_path, save_model
 from zs_fast.models.lora import adapter_rank, is_adapter_folder, load_adapter, read_adapter
-from zs_fast.ranks import check_recipe, hold_run_folder, pack_share, play
+from zs_fast.ranks import (
+    check_recipe,
+    check_sharding,
+    hold_run_folder,
+    in_pieces,
+    loading_device,
+    pack_share,
+    play,
+    publisher,
+    trained_policy,
+)
 from zs_fast.report.page import write_report
 from zs_fast.report.plots import reward_curve
 from zs_fast.rollout.engine import StepCounts
@@ -42,7 +54,6 @@ from zs_fast.system.memory import Memory, Phase
 from zs_fast.system.metrics import RunLog, SilentLog
 from zs_fast.system.rollout_metrics import rollout_metrics, staleness_metrics
 from zs_fast.system.seeds import seed_for
-from zs_fast.system.weights import WeightPublisher
 from zs_fast.types import Group, Role
 
 
@@ -55,6 +66,7 @@ def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     output = output_folder(config)
     with process_group(config.model.device, timeout_s=config.train.rank_timeout_s), ExitStack() as stack:
         check_recipe(config)
+        check_sharding(config)
         store = CheckpointStore(output, config.train.keep_checkpoints)
         hold_run_folder(output, stack, store)
         with together():
@@ -116,8 +128,10 @@ class _Run:
         reference = self._reference(frozen)
         if checkpoint:
             self._load_policy_weights(checkpoint)
+        weights = checkpoint.model_path if checkpoint else config.model.path
+        self.trained = trained_policy(config, self.policy, weights, device)
         self.roles = Roles(
-            policy=self.policy,
+            policy=self.trained,
             reference=reference,
             critic=self._critic(device),
             temperature=config.sampling.temperature,
@@ -131,11 +145,7 @@ class _Run:
             longest=longest,
             critic=config.critic,
         )
-        self.publisher = WeightPublisher(
-            self.arena.engine,
-            trained=self.policy.model,
-            served=partial(self.arena.engine.served, Role.POLICY),
-        )
+        self.publisher = publisher(config, self.arena.engine, self.trained)
         self.counts = StepCounts(self.arena.engine)
         self.memory = Memory(device, engine=self.arena.engine if config.engine.release_kv else None)
         self.evaluations: dict[str, dict[str, Any]] = {}
@@ -256,13 +266,15 @@ class _Run:
         """Save the `step` finished steps when the engine or the simulator fails in the block, or a person stops it.
 
         Of an error that all ranks raise, all wait for the save: the first that leaves makes torchrun end the others.
+        Where weights are in pieces only such an error lets them be gathered.
         """
         try:
             yield
         except (EngineError, SimulatorError, KeyboardInterrupt) as error:
-            if step > self.saved_step:
-                with together() if getattr(error, "is_shared", False) else nullcontext():
-                    self._save(step)
+            if step > self.saved_step and getattr(error, "is_shared", False):
+                self._save_together(step)
+            elif step > self.saved_step and self.config.train.sharding == "none":
+                self._save(step, self.updater.state_tensors())
             raise
 
     def _frozen_copy(self, device: Any) -> LoadedModel | None:
@@ -271,7 +283,10 @@ class _Run:
             return None
         if self.config.simulator.kind == "policy":  # the simulator speaks through it, so the engine serves it
             return load_served(self.config.model.path, self.config, device)
-        return load_model(self.config.model.path, dtype=DTYPES[self.config.model.dtype], device=device)
+        where = loading_device(self.config, device)
+        frozen = load_model(self.config.model.path, dtype=DTYPES[self.config.model.dtype], device=where)
+        in_pieces(self.config, frozen.model.requires_grad_(False), device, train=False)
+        return frozen
 
     def _reference(self, frozen: LoadedModel | None) -> LoadedModel | None:
         """What the KL term compares with: the frozen copy, or under an adapter the base itself, with the adapter that
@@ -292,9 +307,9 @@ class _Run:
         if rank:
             seed = seed_for(config.seed, role=Role.CRITIC, purpose="adapter")
             return Critic.on_base(self.policy, rank, targets=config.model.lora_targets, seed=seed)
-        return Critic(
-            load_model(config.critic.path or config.model.path, dtype=DTYPES[config.model.dtype], device=device)
-        )
+        where, dtype = loading_device(config, device), DTYPES[config.model.dtype]
+        critic = Critic(load_model(config.critic.path or config.model.path, dtype=dtype, device=where))
+        return in_pieces(config, critic, device)  # type: ignore[no-any-return]
 
     def _load_policy_weights(self, checkpoint: Checkpoint) -> None:
         if adapter_rank(self.policy.model):
@@ -313,16 +328,17 @@ class _Run:
         self.carried = list(checkpoint.state.get("carried", ()))
         self.arena.training_player.restore(self.carried)
         self.earlier_seconds = checkpoint.state.get("seconds", 0.0)
-        self.publisher.publish(checkpoint.step)
+        self.publisher.announce(checkpoint.step)
 
     def _save_together(self, step: int) -> None:
         """`_save`, once it is sure that all ranks hold the same weights; what goes wrong there stops all of them."""
         trained = {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
         check_same_bits(trained, f"the policy after step {step}")
+        tensors = self.updater.state_tensors()
         with together():
-            self._save(step)
+            self._save(step, tensors)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         if not is_main():
             self.saved_step = step
             return
@@ -330,7 +346,7 @@ class _Run:
         self.store.save(
             step,
             write_model=partial(save_model, self.policy),
-            tensors=self.updater.state_tensors(),
+            tensors=tensors,
             state={
                 "config": self.config.model_dump(mode="json"),
                 "updater": self.updater.state(),

@@ -22,6 +22,7 @@ from zs_fast.learn.pack import pack
 from zs_fast.learn.roles import Roles, score
 from zs_fast.learn.sft import train_sft
 from zs_fast.learn.sft_data import SftExample
+from zs_fast.learn.sharding import assembled, shard_model
 from zs_fast.learn.update import Updater
 from zs_fast.models.load import LoadedModel
 from zs_fast.ranks import balanced, own_share
@@ -106,32 +107,35 @@ def record(optimizer: Optimizer, name: str, gradients: dict[str, Tensor]) -> Non
     step = optimizer.step
 
     def recorded() -> None:
-        for parameter, master in optimizer._masters.items():
-            assert master.grad is not None
-            gradients[f"{name}.{optimizer.position}.{parameter}"] = master.grad.clone()
+        for parameter, holder in optimizer._holders.items():
+            assert holder.grad is not None
+            whole = assembled(holder.grad, optimizer._parameters[parameter])
+            gradients[f"{name}.{optimizer.position}.{parameter}"] = whole.clone()
         step()
 
     optimizer.step = recorded  # type: ignore[method-assign]
 
 
-def take_step(case: Case) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """(gradients of every optimizer step, metrics) of this process's share of the case."""
+def take_step(case: Case, *, in_pieces: bool = False) -> tuple[dict[str, Tensor], dict[str, float], Updater]:
+    """(gradients of every optimizer step, metrics, updater) of this process's share of the case."""
     algorithm = case.algorithm
-    policy = small(0)
-    roles = Roles(
-        policy=policy,
-        reference=reference() if algorithm.kl_coefficient else None,
-        critic=Critic(small(0)) if algorithm.name == "ppo" else None,
-        temperature=1.0,
-    )
-    if roles.critic is not None:
-        torch.nn.init.constant_(roles.critic.value_head.weight, 0.1)
+    policy, frozen = small(0), reference() if algorithm.kl_coefficient else None
+    critic = Critic(small(0)) if algorithm.name == "ppo" else None
+    if critic is not None:
+        torch.nn.init.constant_(critic.value_head.weight, 0.1)
+    if in_pieces:
+        options = {"device": torch.device("cpu"), "compute_dtype": torch.float32}
+        shard_model(policy.model, **options)
+        if frozen is not None:
+            shard_model(frozen.model.requires_grad_(False), train=False, **options)
+        if critic is not None:
+            shard_model(critic, **options)
+    roles = Roles(policy=policy, reference=frozen, critic=critic, temperature=1.0)
     # Steps so small that Adam's first one, a sign, can't make a difference in rounding one between the weights.
     train = TrainConfig(
         mini_batches=case.mini_batches, epochs=case.epochs, learning_rate=1e-9, max_grad_norm=1e9, token_budget=64
     )
-    critic = CriticConfig(learning_rate=1e-9)
-    updater = Updater(roles, train, algorithm, total_steps=1, longest=40, critic=critic)
+    updater = Updater(roles, train, algorithm, total_steps=1, longest=40, critic=CriticConfig(learning_rate=1e-9))
     gradients: dict[str, Tensor] = {}
     record(updater.optimizer, "policy", gradients)
     if updater.critic is not None:
@@ -141,8 +145,9 @@ def take_step(case: Case) -> tuple[dict[str, Tensor], dict[str, float]]:
     packed = pack(own.groups, token_budget=train.token_budget, places=own.places, num_places=len(groups))
     scored = score(packed, roles, old_logprobs=updater.needs_old_logprobs)
     stats = updater.update(credit(scored, algorithm, kl_coefficient=updater.kl_coefficient))
-    check_same_bits(dict(policy.model.named_parameters()), "the policy")
-    return gradients, dict(stats.values)
+    if not in_pieces:
+        check_same_bits(dict(policy.model.named_parameters()), "the policy")
+    return gradients, dict(stats.values), updater
 
 
 def fine_tune() -> list[float]:
@@ -163,8 +168,13 @@ def work(number: int, folder: str) -> None:
     told: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for name, case in CASES.items():
-        gradients, told[name] = take_step(case)
+        gradients, told[name], _ = take_step(case)
         tensors |= {f"{name}: {key}": gradient for key, gradient in gradients.items()}
+        gradients, told[f"{name}, in pieces"], updater = take_step(case, in_pieces=True)
+        tensors |= {f"{name}, in pieces: {key}": gradient for key, gradient in gradients.items()}
+        state = updater.state_tensors()
+        assert bool(state) == (number == 0 and any(case.trainable))
+        tensors |= {f"{name}, state: {key}": tensor for key, tensor in state.items()}
     told["sft"] = fine_tune()
     save_file(tensors, Path(folder, f"{number}.safetensors"))
     Path(folder, f"{number}.json").write_text(json.dumps(told))
@@ -184,21 +194,34 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, 
     ]
 
 
+@pytest.mark.parametrize("how", ["", ", in pieces"], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_have_the_gradients_and_numbers_of_one(two_ranks, name: str) -> None:  # type: ignore[no-untyped-def]
+def test_two_ranks_have_the_gradients_and_numbers_of_one(two_ranks, name: str, how: str) -> None:  # type: ignore[no-untyped-def]
     """Each gradient to 1e-6 of its norm in float32, the same bits on both ranks; every metric to 1e-5."""
-    expected, metrics = take_step(CASES[name])
-    first, second = (
-        {key.removeprefix(f"{name}: "): g for key, g in tensors.items() if key.startswith(f"{name}: ")}
-        for tensors, _ in two_ranks
-    )
+    expected, metrics, _ = take_step(CASES[name])
+    first, second = (of_case(tensors, f"{name}{how}") for tensors, _ in two_ranks)
     assert first.keys() == second.keys() == expected.keys()
     assert bool(expected) == any(CASES[name].trainable)
     for key, gradient in expected.items():
         assert torch.equal(first[key], second[key]), key
         assert float((first[key] - gradient).norm()) <= 1e-6 * float(gradient.norm()), key
     for _, told in two_ranks:
-        assert told[name] == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+        assert told[f"{name}{how}"] == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+
+
+def of_case(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}: "): t for key, t in tensors.items() if key.startswith(f"{name}: ")}
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_the_main_rank_saves_whole_tensors_of_what_lies_in_pieces(two_ranks, name: str) -> None:  # type: ignore[no-untyped-def]
+    """The optimizer's state, and a critic's weights: those of one process, by the same names."""
+    expected = take_step(CASES[name])[2].state_tensors()
+    (tensors, _), (others, _) = two_ranks
+    saved = of_case(tensors, f"{name}, state")
+    assert saved.keys() == expected.keys() and not of_case(others, f"{name}, state")
+    for key, tensor in expected.items():
+        torch.testing.assert_close(saved[key], tensor, rtol=1e-4, atol=1e-9, msg=key)
 
 
 def test_the_cases_hold_what_they_are_named_after() -> None:

@@ -17,6 +17,7 @@ from subprocess import PIPE
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import multiprocessing
 
 from zs_fast import ranks
@@ -153,6 +154,39 @@ def test_one_process_goes_on_from_what_two_have_saved(one: Path, two: Path, tmp_
         assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
 
 
+def test_a_run_goes_on_with_its_weights_in_pieces(two: Path, tmp_path: Path) -> None:
+    """FSDP2 from the second step on, and its checkpoint is a plain one: the numbers and weights of the run without."""
+    run = tmp_path / "run"
+    shutil.copytree(two, run)
+    shutil.rmtree(run / "checkpoints" / "step_2")
+    done = torchrun(run, "--resume", "--train.sharding", "fsdp2")
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(rows(two), rows(run), strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
+    for name in ("model/model.safetensors", "trainer.safetensors"):
+        expected, found = (load_file(folder / "checkpoints" / "step_2" / name) for folder in (two, run))
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.full
+def test_a_bfloat16_run_in_pieces_goes_on_in_one_process(tmp_path: Path) -> None:
+    run, words = tmp_path / "run", ["--train.sharding", "fsdp2", "--model.dtype", "bfloat16", "--algorithm.name", "ppo"]
+    done = torchrun(run, *words)
+    assert done.returncode == 0, done.stderr
+    played = rows(run)
+    shutil.rmtree(run / "checkpoints" / "step_2")
+    overrides = {key: [value] for key, value in SMALL.items()} | {"output": [str(run)]}
+    train(
+        load_recipe(["quickstart"], overrides | {"model.dtype": ["bfloat16"], "algorithm.name": ["ppo"]}), resume=True
+    )
+    (first, _, second, _), (ours, _, theirs, _) = rows(run), played
+    assert first == ours
+    for key in ("reward/mean", "entropy", "critic/loss", "grad_norm"):
+        assert second[key] == pytest.approx(theirs[key], rel=0.05), key
+
+
 @pytest.mark.full
 def test_two_processes_go_on_to_the_same_bytes(two: Path, tmp_path: Path) -> None:
     shutil.copytree(two, tmp_path / "run")
@@ -270,6 +304,23 @@ def test_several_processes_take_the_engine_that_can(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
     with pytest.raises(PreflightError, match=r"engine\.kind = 'vllm'.*torchrun started 2"):
         ranks.check_recipe(config)
+
+
+@pytest.mark.parametrize(
+    "key, value, says",
+    [
+        ("model.lora_rank", "4", "the base that each process holds"),
+        ("train.optimizer", "adamw_8bit", "take 'adamw'"),
+        ("seed", "0", "there is one"),
+    ],
+)
+def test_what_pieces_can_t_do_is_said_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, key: str, value: str, says: str
+) -> None:
+    config = load_recipe(["quickstart"], {"train.sharding": ["fsdp2"], key: [value]})
+    monkeypatch.setattr(ranks, "world_size", lambda: 1 if key == "seed" else 2)
+    with pytest.raises(PreflightError, match=rf"train\.sharding.*{says}"):
+        ranks.check_sharding(config)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])

@@ -57,6 +57,8 @@ class MicroBatch:
 
     def response_index(self) -> Tensor:
         """[r] int64: every token from each sequence's first loss token on, documents included."""
+        if not self.num_loss_tokens:
+            return self.loss_index
         starts = [int(self.loss_index[first]) for first in self.loss_cu_seqlens[:-1]]
         ranges = [torch.arange(start, end) for start, end in zip(starts, self.cu_seqlens[1:], strict=True)]
         return torch.cat(ranges).to(self.loss_index.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from zs_fast.learn.batch import MicroBatch, TrainBatch
 from zs_fast.learn.micro_step import MicroSteps
 from zs_fast.learn.optimizer import Optimizer, Schedule
 from zs_fast.learn.policy import hidden_states, training_mode
+from zs_fast.learn.sharding import assembled, computes_in, is_sharded, own_piece, piece_of, whole
 from zs_fast.models.load import LoadedModel
 from zs_fast.models.lora import TARGETS, adapter_rank, attach_adapter, same_base
-from zs_fast.system.distributed import all_reduce_sums
+from zs_fast.system.distributed import all_reduce_sums, is_main
 from zs_kernels import value_loss
 
 
@@ -79,7 +81,7 @@ class CriticUpdater:
     ) -> None:
         """whole_response: learn values at document tokens too (`algorithm.legacy`)."""
         self.critic, self.config, self.train, self.whole_response = critic, config, train, whole_response
-        self.micro_steps = MicroSteps()
+        self.micro_steps = MicroSteps(critic)
         self.epochs = config.epochs or train.epochs
         schedule = Schedule(
             peak=config.learning_rate,
@@ -137,7 +139,7 @@ class CriticUpdater:
 
         def forward_and_backward(micro: MicroBatch) -> dict[str, Tensor]:
             index = learns_at(micro)
-            values = self.critic.values(micro, index)
+            values = whole(self.critic, partial(self.critic.values, micro, index))
             result = value_loss(
                 values,
                 old_values[micro.tokens][index],
@@ -166,7 +168,13 @@ class CriticUpdater:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Trained weights, and the optimizer's state, by names that begin with `critic.`"""
-        weights = {f"critic.weights.{name}": tensor.detach() for name, tensor in self._trained().items()}
+        weights = {}
+        for name, parameter in self._trained().items():
+            tensor = assembled(own_piece(parameter), parameter)
+            if not is_sharded(self.critic):
+                weights[f"critic.weights.{name}"] = tensor
+            elif is_main():
+                weights[f"critic.weights.{name}"] = tensor.to("cpu", computes_in(self.critic, name, parameter))
         return weights | {f"critic.{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -185,7 +193,7 @@ class CriticUpdater:
                         f"The checkpoint's critic weight {name!r} is {list(weights[name].shape)}, this run's "
                         f"{list(parameter.shape)}; use another checkpoint."
                     )
-                parameter.copy_(weights[name])
+                own_piece(parameter).copy_(piece_of(weights[name], parameter))
         self.optimizer.load_state_tensors(own)
 
     def _trained(self) -> dict[str, nn.Parameter]:

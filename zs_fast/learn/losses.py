@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zs_fast.config import AlgorithmConfig
 from zs_fast.learn.batch import MicroBatch, TrainBatch
 from zs_fast.learn.policy import hidden_states
+from zs_fast.learn.sharding import whole
 from zs_kernels import (
     METRICS,
     PolicyLossSettings,
@@ -155,17 +156,21 @@ def micro_batch_loss(
 def _full_kl(hidden: Tensor, head: Any, reference: nn.Module, micro: MicroBatch, temperature: float) -> Tensor:
     """[m] float32, in nats: KL(policy || reference) at each loss token over the whole vocabulary, with gradient."""
     ref_head: Any = reference.get_output_embeddings()  # type: ignore[operator]
-    with torch.no_grad():
-        ref_hidden = hidden_states(reference, micro).index_select(0, micro.loss_index)
-    return linear_kl(
-        hidden,
-        ref_hidden,
-        head.weight,
-        ref_head.weight,
-        bias=head.bias,
-        ref_bias=ref_head.bias,
-        temperature=temperature,
-    )
+
+    def compare() -> Tensor:
+        with torch.no_grad():
+            ref_hidden = hidden_states(reference, micro).index_select(0, micro.loss_index)
+        return linear_kl(
+            hidden,
+            ref_hidden,
+            head.weight,
+            ref_head.weight,
+            bias=head.bias,
+            ref_bias=ref_head.bias,
+            temperature=temperature,
+        )
+
+    return whole(reference, compare)
 
 
 def _against_sampler(

@@ -12,10 +12,11 @@ import gc
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zs_fast.errors import MemoryBudgetError
 from zs_fast.learn.batch import MicroBatch, PackedBatch
+from zs_fast.learn.sharding import is_sharded, passes
 from zs_fast.system.distributed import largest, world_size
 
 CUBLAS_FAILURE = "CUBLAS_STATUS_ALLOC_FAILED"
@@ -23,9 +24,14 @@ CUBLAS_FAILURE = "CUBLAS_STATUS_ALLOC_FAILED"
 
 
 class MicroSteps:
-    """Cuts mini batches to what fits; one object per trained model, for the whole run."""
+    """Cuts mini batches to what fits; one object per trained model, for the whole run.
 
-    def __init__(self) -> None:
+    A model in pieces (learn/sharding.py) is an exception: all ranks make its passes together, so one that runs out of
+    memory in the middle of a pass can't start over by itself.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._model = model
         self.splits = 0
         """Micro batches that ran out of memory so far, on this rank. A fact of the machine, not of config and seed."""
         self.token_budget: int | None = None
@@ -43,7 +49,7 @@ class MicroSteps:
         """The sums of what `step` returns, over the micro batches of sequences first .. last - 1; no host sync.
 
         `step` runs forward and backward on a micro batch; `drop_gradients` undoes what it added to gradients since the
-        mini batch began. Raises MemoryBudgetError when a single sequence does not fit.
+        mini batch began. Raises MemoryBudgetError when a single sequence does not fit, or a pass of a model in pieces.
         """
         self._agree()
         while True:
@@ -67,12 +73,18 @@ class MicroSteps:
     ) -> dict[str, Tensor] | _Failed:
         sums: dict[str, Tensor] = {}
         budget = packed.token_budget if self.token_budget is None else min(self.token_budget, packed.token_budget)
-        for micro in packed.micro_batches(budget, first, last):
+        for micro in passes(self._model, packed.micro_batches(budget, first, last), packed.inputs.device):
             try:
                 found = step(micro)
             except RuntimeError as error:
                 if not isinstance(error, torch.OutOfMemoryError) and CUBLAS_FAILURE not in str(error):
                     raise
+                if is_sharded(self._model):
+                    raise MemoryBudgetError(
+                        f"A micro batch of {micro.num_tokens} tokens does not fit into memory in the update, and with "
+                        "train.sharding = 'fsdp2' no rank can split one by itself. Lower train.token_budget (now "
+                        f"{packed.token_budget}), or set train.gradient_checkpointing = true."
+                    ) from error
                 return _Failed(micro, str(error))
             for name, value in found.items():
                 sums[name] = sums[name] + value if name in sums else value

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from zs_fast.config import OptimizerKind
 from zs_fast.errors import CheckpointUnusableError
 from zs_fast.learn.adamw import AdamW8, AdamW32, require_shape
-from zs_fast.system.distributed import sum_tensors, world_size
+from zs_fast.learn.sharding import assembled, computes_in, is_cut, own_piece, piece_of
+from zs_fast.system.distributed import is_main, sum_tensors, world_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,21 +67,30 @@ class Optimizer:
         self.num_skipped = 0
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._masters: dict[str, Tensor] = {}
-        """What AdamW works on: a float32 parameter itself, or a float32 copy of a parameter."""
+        """What AdamW works on: a float32 parameter itself, or this rank's piece of one in the same memory, or a float32
+        copy of either."""
         self._holders: dict[str, Tensor] = {}
         """Whose `grad` is the sum of a parameter's gradients, float32, on the parameter's device: its master, or for a
         master in main memory the parameter itself or a stand-in without memory of its own."""
         self._hooks: list[Any] = []
         self._offloads = kind == "adamw_offload"
+        self._cut = {name for name, p in self._parameters.items() if is_cut(p)}
+        """Parameters that lie in pieces on all ranks (learn/sharding.py)."""
+        self._copied = {name for name, p in self._parameters.items() if self._offloads or p.dtype != torch.float32}
+        """Parameters whose masters are copies, which each step writes back."""
+        self._saved = {name for name, p in self._parameters.items() if computes_in(model, name, p) != torch.float32}
+        self._saved |= self._copied
+        """Parameters whose masters a resume needs: the saved model doesn't hold them."""
         for name, parameter in self._parameters.items():
-            narrow = parameter.dtype != torch.float32
+            is_moved = name in self._cut or parameter.dtype != torch.float32
+            piece = own_piece(parameter) if is_moved else parameter
             if self._offloads:
-                self._masters[name] = _in_main_memory(parameter)
-                self._holders[name] = _stand_in(parameter) if narrow else parameter
+                self._masters[name] = _in_main_memory(piece)
+                self._holders[name] = _stand_in(piece) if is_moved else parameter
             else:
-                self._masters[name] = parameter.detach().float() if narrow else parameter
+                self._masters[name] = piece.float() if is_moved else parameter
                 self._holders[name] = self._masters[name]
-            if narrow:
+            if is_moved:
                 move = _moves_grad_to(self._holders[name])
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(move))  # type: ignore[no-untyped-call]
         matrices = [master for master in self._masters.values() if master.dim() >= 2]
@@ -112,19 +122,24 @@ class Optimizer:
         """
         if world_size() == 1:
             return
-        for holder in self._holders.values():
+        whole = [holder for name, holder in self._holders.items() if name not in self._cut]
+        for holder in whole:  # of parameters in pieces, the backward passes have added up the gradients already
             if holder.grad is None:  # no loss token here
                 holder.grad = torch.zeros(holder.shape, device=holder.device)
-        sum_tensors([holder.grad for holder in self._holders.values() if holder.grad is not None])
+        sum_tensors([holder.grad for holder in whole if holder.grad is not None])
 
     def clip_gradients(self) -> Tensor:
         """Scale the gradients down to max_grad_norm; their L2 norm before that, a float32 scalar. No host sync."""
-        gradients = [holder.grad for holder in self._holders.values() if holder.grad is not None]
+        gradients = {name: holder.grad for name, holder in self._holders.items() if holder.grad is not None}
         if not gradients:
             return torch.zeros(())
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm([g for name, g in gradients.items() if name not in self._cut])
+        if self._cut:
+            squares = torch.nn.utils.get_total_norm([g for name, g in gradients.items() if name in self._cut]).square()
+            sum_tensors([squares])
+            norm = (norm.to(squares.device).square() + squares).sqrt()
         factor = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_(list(gradients.values()), factor)
         return norm
 
     def step(self) -> None:
@@ -133,9 +148,8 @@ class Optimizer:
             self._fetch_gradients()
         self._adamw.step(self.learning_rate)
         with torch.no_grad():
-            for name, master in self._masters.items():
-                if self._parameters[name] is not master:
-                    self._parameters[name].copy_(master, non_blocking=True)
+            for name in self._copied:
+                own_piece(self._parameters[name]).copy_(self._masters[name], non_blocking=True)
         self.zero_grad()
         self.position += 1
 
@@ -157,14 +171,21 @@ class Optimizer:
         self.num_skipped += 1
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """AdamW's step counts and moments by parameter name, and masters of narrower weights: what a resume needs."""
+        """AdamW's step counts and moments by parameter name, and masters of narrower weights: what a resume needs.
+
+        Where weights are in pieces all ranks must call; the main one gets whole tensors on the CPU, the others nothing.
+        """
         tensors: dict[str, Tensor] = {}
         for name, master in self._masters.items():
-            if self._parameters[name] is not master:
-                tensors[f"master.{name}"] = master
-            for part, tensor in self._adamw.state_of(master).items():
-                tensors[f"{self._adamw.prefix}.{part}.{name}"] = tensor
-        return {name: tensor.detach() for name, tensor in tensors.items()}
+            own = {f"{self._adamw.prefix}.{part}": tensor for part, tensor in self._adamw.state_of(master).items()}
+            own |= {"master": master} if name in self._saved else {}
+            for kind, piece in own.items():
+                tensor = assembled(piece.detach(), self._parameters[name])
+                if not self._cut:
+                    tensors[f"{kind}.{name}"] = tensor
+                elif is_main():
+                    tensors[f"{kind}.{name}"] = tensor.cpu()
+        return tensors
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state_tensors` gave. CheckpointUnusableError unless names and shapes are this model's."""
@@ -180,17 +201,17 @@ class Optimizer:
             states[name][part] = tensor
         with torch.no_grad():
             for name, master in self._masters.items():
-                state = states[name]
+                state, parameter = states[name], self._parameters[name]
                 saved = state.pop("master", None)
-                if self._parameters[name] is not master:
+                if name in self._saved:
                     if saved is None:
                         raise CheckpointUnusableError(
                             f"The optimizer state lacks 'master.{name}'. The checkpoint is incomplete; use another."
                         )
-                    require_shape(f"master.{name}", saved, master.shape)
-                    master.copy_(saved)
+                    require_shape(f"master.{name}", saved, parameter.shape)
+                    master.copy_(piece_of(saved, parameter))
                 if state:
-                    self._adamw.load(name, master, state)
+                    self._adamw.load(name, master, {part: piece_of(t, parameter) for part, t in state.items()})
 
 
 def _moves_grad_to(master: Tensor) -> Callable[[Tensor], None]:
@@ -198,7 +219,7 @@ def _moves_grad_to(master: Tensor) -> Callable[[Tensor], None]:
 
     def move(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        gradient = parameter.grad.float()
+        gradient = own_piece(parameter.grad).float()
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         parameter.grad = None
 

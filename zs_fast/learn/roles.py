@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from zs_fast.errors import ConfigError
 from zs_fast.learn.batch import PackedBatch, ScoredBatch
 from zs_fast.learn.critic import Critic
 from zs_fast.learn.policy import logprobs_at_loss_tokens
+from zs_fast.learn.sharding import passes, whole
 from zs_fast.models.load import LoadedModel
 from zs_fast.types import Role
 
@@ -53,9 +55,9 @@ class Roles:
             raise ValueError("this run holds no critic")
         column = torch.zeros(packed.num_tokens, device=self.device)
         with torch.no_grad():
-            for micro in packed.micro_batches(packed.token_budget):
+            for micro in passes(self.critic, packed.micro_batches(packed.token_budget), self.device):
                 index = micro.response_index() if whole_response else micro.loss_index
-                column[micro.tokens][index] = self.critic.values(micro, index)
+                column[micro.tokens][index] = whole(self.critic, partial(self.critic.values, micro, index))
         return column
 
     def logprobs(self, role: Role | str, packed: PackedBatch) -> Tensor:
@@ -65,8 +67,9 @@ class Roles:
             raise ValueError(f"this run holds no model for the role {str(role)!r}")
         column = torch.zeros(packed.num_tokens, device=self.device)
         with torch.no_grad():
-            for micro in packed.micro_batches(packed.token_budget):
-                scored = logprobs_at_loss_tokens(loaded.model, micro, temperature=self.temperature)
+            for micro in passes(loaded.model, packed.micro_batches(packed.token_budget), self.device):
+                logprobs_of = partial(logprobs_at_loss_tokens, loaded.model, micro, temperature=self.temperature)
+                scored = whole(loaded.model, logprobs_of)
                 column[micro.tokens][micro.loss_index] = scored.logprobs
         return column
 

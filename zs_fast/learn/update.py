@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -19,6 +20,7 @@ from zs_fast.learn.micro_step import MicroSteps
 from zs_fast.learn.optimizer import Optimizer, Schedule
 from zs_fast.learn.policy import training_mode
 from zs_fast.learn.roles import Roles
+from zs_fast.learn.sharding import whole
 from zs_fast.system.distributed import all_reduce_sums, gather
 from zs_fast.types import Role, StepStats
 
@@ -87,7 +89,7 @@ class Updater:
             max_grad_norm=train.max_grad_norm,
             kind=train.optimizer,
         )
-        self.micro_steps = MicroSteps()
+        self.micro_steps = MicroSteps(roles.policy.model)
         self.critic: CriticUpdater | None = None
         if roles.critic is not None:
             self.critic = CriticUpdater(
@@ -220,16 +222,18 @@ class Updater:
             totals.empty_steps += 1
             return
 
+        loss_of = partial(
+            micro_batch_loss,
+            model,
+            batch=batch,
+            config=self.algorithm,
+            size=size,
+            temperature=self.roles.temperature,
+            reference=None if self.roles.reference is None else self.roles.reference.model,
+        )
+
         def forward_and_backward(micro: MicroBatch) -> dict[str, Tensor]:
-            loss, sums = micro_batch_loss(
-                model,
-                micro,
-                batch,
-                self.algorithm,
-                size,
-                temperature=self.roles.temperature,
-                reference=None if self.roles.reference is None else self.roles.reference.model,
-            )
+            loss, sums = whole(model, partial(loss_of, micro))
             torch.autograd.backward(loss)
             return sums | {"loss": loss.detach()}
 

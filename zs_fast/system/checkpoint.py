@@ -48,7 +48,7 @@ PICKLED_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth",
 
 MAY_DIFFER = frozenset(
     {"name", "output", "train.steps", "train.save_every", "train.keep_checkpoints", "train.eval_every"}
-    | {"train.rank_timeout_s"}
+    | {"train.rank_timeout_s", "train.sharding"}
     | {"log.*", "eval.*"}
 )
 """Config keys that may change between a run and its resume, because no training number depends on them."""

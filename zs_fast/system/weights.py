@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from zs_fast.errors import EngineError
@@ -37,9 +38,41 @@ class WeightPublisher:
         """From now on completions carry `version`. Raises EngineError if it does not rise, or memory is not shared."""
         if version <= self.version:
             raise EngineError(f"version {version} can't follow version {self.version}: versions rise with each update.")
-        check_shared(self._trained, self._served())
+        self._hand_over()
+        self.announce(version)
+
+    def announce(self, version: int) -> None:
+        """Say that the engine samples with these weights already, as it does after both were loaded from one file."""
         self._engine.publish(version)
         self.version = version
+
+    def _hand_over(self) -> None:
+        check_shared(self._trained, self._served())
+
+
+class CopyPublisher(WeightPublisher):
+    """Hand-over where the trained weights lie in pieces on several ranks: each publish copies them to the engine, one
+    whole tensor at a time. All ranks must call it.
+
+    Costs the engine's copy, the weights once in its own type on every rank, and an all-gather of that size per publish.
+    Gathering the trained weights themselves for the rollout would need as much memory just then, and leave them to a
+    sampler that knows nothing of FSDP's hooks around each layer.
+    """
+
+    def __init__(self, engine: Publishes, *, trained: nn.Module, served: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Raises EngineError when the engine does not sample with every parameter of `trained`."""
+        self._engine, self._trained, self._served = engine, trained, served
+        self.version = 0
+        strange = {name for name, _ in trained.named_parameters()} - served().keys()
+        if strange:
+            raise EngineError(f"Only the trainer's model has a tensor {min(strange)}: the engine holds another model.")
+
+    @torch.no_grad()
+    def _hand_over(self) -> None:
+        served = self._served()
+        for name, parameter in self._trained.named_parameters():
+            narrow: Any = parameter.to(served[name].dtype)
+            served[name].copy_(narrow.full_tensor() if hasattr(narrow, "full_tensor") else narrow)
 
 
 def check_shared(trained: nn.Module, served: Mapping[str, Tensor]) -> None:
