@@ -72,8 +72,8 @@ def check_sharding(config: RunConfig) -> None:
         )
     if config.train.optimizer == "adamw_8bit":
         raise PreflightError(
-            "train.optimizer = 'adamw_8bit' keeps moments in blocks that fit no cut; with train.sharding = 'fsdp2' take "
-            "'adamw' or 'adamw_offload'."
+            "train.optimizer = 'adamw_8bit' keeps moments in blocks that fit no cut; with train.sharding = 'fsdp2' "
+            "take 'adamw' or 'adamw_offload'."
         )
 
 
