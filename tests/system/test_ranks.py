@@ -74,7 +74,7 @@ def command(output: Path, *words: str) -> list[str]:
 
 def torchrun(output: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(output, *words), capture_output=True, text=True, timeout=150, env=ENVIRONMENT, cwd=ROOT
+        command(output, *words), capture_output=True, text=True, timeout=500, env=ENVIRONMENT, cwd=ROOT
     )
 
 
