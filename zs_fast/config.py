@@ -388,7 +388,7 @@ class EvalConfig(Section):
 
 
 class EngineConfig(Section):
-    """The sampler. Either kind samples with the very weights that the update writes: nothing is copied."""
+    """The sampler. Either kind samples with the very weights that the update writes (see `weights`)."""
 
     kind: Literal["transformers", "vllm"] = "transformers"
     """`transformers`: plain transformers models over preallocated KV slots; `vllm`: vLLM in this process (CPU build
@@ -402,6 +402,9 @@ class EngineConfig(Section):
     """Memory for keys and values, per model (kind `vllm`). 0 takes what `slots` sequences of full length need."""
     release_kv: bool = False
     """Give the memory for keys and values back while the update runs."""
+    weights: Literal["auto", "shared", "copied"] = "auto"
+    """Kind `vllm`: `shared` has one copy for vLLM and the trainer; `copied` a second one, written at every step; `auto`
+    shares where the model's layout allows it, and says so where not."""
     enforce_eager: bool = False
     """No CUDA graphs: starts sooner, decodes slower (kind `vllm`; always so on a CPU)."""
 

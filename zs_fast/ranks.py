@@ -23,8 +23,8 @@ from zs_fast.learn.pack import pack
 from zs_fast.learn.sharding import shard_model
 from zs_fast.models.load import DTYPES, LoadedModel, load_model
 from zs_fast.models.lora import adapter_rank
-from zs_fast.rollout.engine import LocalEngine
 from zs_fast.rollout.play import Player, Progress, Refill
+from zs_fast.setup import Arena
 from zs_fast.system.checkpoint import CheckpointStore
 from zs_fast.system.distributed import gather, is_main, rank, together, world_size
 from zs_fast.system.exchange import groups_from_json, groups_to_json
@@ -103,10 +103,12 @@ def in_pieces(config: RunConfig, model: Any, device: torch.device, *, train: boo
     return model
 
 
-def publisher(config: RunConfig, engine: LocalEngine, trained: LoadedModel) -> WeightPublisher:
-    """How new weights come to the engine: it has them already, or, where they are in pieces, gets a copy."""
-    kind = WeightPublisher if config.train.sharding == "none" else CopyPublisher
-    return kind(engine, trained=trained.model, served=partial(engine.served, Role.POLICY))
+def publisher(config: RunConfig, arena: Arena, trained: LoadedModel) -> WeightPublisher:
+    """How new weights come to the engine: it has them already, or gets a copy, of whole weights or of pieces."""
+    served = partial(arena.engine.served, Role.POLICY)
+    if config.train.sharding != "none":
+        return CopyPublisher(arena.engine, trained=trained.model, served=served)
+    return WeightPublisher(arena.engine, trained=trained.model, served=served, copy=arena.copy_policy)
 
 
 def hold_run_folder(output: Path, stack: ExitStack, store: CheckpointStore | None = None) -> None:

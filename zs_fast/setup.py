@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,6 +55,10 @@ class Arena:
     evaluation_players: dict[str, Player] = field(default_factory=dict)
     """By name: `simulator`, `bm25`, `closed_book`."""
     remote: OpenAIEngine | None = None
+    copy_policy: Callable[[], int] | None = None
+    """Writes the trained policy into an engine that has weights of its own; None where they are one."""
+    choices: tuple[str, ...] = ()
+    """A line each on what was chosen for the engine's memory, and why."""
 
     def close(self) -> None:
         self.engine.close()
@@ -197,6 +202,8 @@ def build_arena(
         training_player=player("simulator" if training else "none", config.sampling, config.train.group_size),
         evaluation_players={EVALUATION_NAMES[name]: player(name, greedy, 1) for name in names},
         remote=remote,
+        copy_policy=partial(engine.copy_weights, Role.POLICY) if engine.copies(Role.POLICY) else None,
+        choices=tuple(engine.choices()),
     )
 
 
@@ -241,6 +248,7 @@ def _engine(config: RunConfig, models: dict[Role, LoadedModel], device: torch.de
         frozen=(Role.SIMULATOR,),
         kv_cache_bytes=int(settings.kv_cache_gib * 2**30) or None,
         enforce_eager=settings.enforce_eager,
+        weights=settings.weights,
         wake=wake_kv_cache if settings.release_kv else None,
         adapters={Role.SIMULATOR: read_adapter(resolve_path(adapter))} if (adapter := config.simulator.adapter) else {},
     )

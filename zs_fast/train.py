@@ -145,7 +145,7 @@ class _Run:
             longest=longest,
             critic=config.critic,
         )
-        self.publisher = publisher(config, self.arena.engine, self.trained)
+        self.publisher = publisher(config, self.arena, self.trained)
         self.counts = StepCounts(self.arena.engine)
         self.memory = Memory(device, engine=self.arena.engine if config.engine.release_kv else None)
         self.evaluations: dict[str, dict[str, Any]] = {}
@@ -157,6 +157,8 @@ class _Run:
         self.log = stack.enter_context(self._open_log())
         for warning in self.log.truncate(checkpoint.step if checkpoint else -1) + store.warnings:
             self.log.note(warning)
+        for choice in self.arena.choices:
+            self.log.note(choice)
         if device.type == "cuda":
             dtype = DTYPES[config.model.dtype]
             self.log.note(f"attention of the update: {use_attention(config.model.attention, device, dtype)}")
@@ -182,6 +184,7 @@ class _Run:
         for step in range(self.first_step, config.train.steps + 1):
             noise = noise_probability(step, config.curriculum, config.train.steps)
             with self._kept_on_failure(step - 1), self.memory.phase(Phase.ROLLOUT):
+                self.publisher.check()
                 played = self._play(step, noise)
             groups, self.batches_played, self.carried = played.groups, played.batches_played, played.carried
             packed = pack_share(played.chosen, config)
@@ -196,7 +199,8 @@ class _Run:
             metrics = {"curriculum/noise_probability": noise} | rollout_metrics(groups) | search_statistics(searches)
             if config.train.max_staleness:
                 metrics |= staleness_metrics(groups, version=step - 1, max_staleness=config.train.max_staleness)
-            timings = largest(self.memory.take() | self.updater.timings() | self.counts.take())
+            copied = {"sync/copied_bytes": float(self.publisher.copied_bytes)}
+            timings = largest(self.memory.take() | copied | self.updater.timings() | self.counts.take())
             log.step(step, metrics | dict(stats.values), timings | self._rates(groups, timings), groups)
             if self._is_due(config.train.eval_every, step):
                 with self._kept_on_failure(step):

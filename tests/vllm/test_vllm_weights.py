@@ -168,7 +168,7 @@ def test_a_model_that_differs_in_a_tensor_is_refused(small, vllm_engine):
     loaded = small("qwen2")
     loaded.model.model.layers[0].mlp.register_parameter("extra", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(PreflightError, match=r"only transformers has a tensor model\.layers\.0\.mlp\.extra"):
-        vllm_engine(loaded)
+        vllm_engine(loaded, weights="shared")
 
 
 MEMORY_SCRIPT = """
@@ -210,3 +210,58 @@ def test_the_trainers_model_takes_no_memory_of_its_own(small, tmp_path):
     size, added, copied = map(int, done.stdout.split()[-3:])
     assert size > 80e6
     assert added < 0.05 * size < 0.9 * size < copied, (size, added, copied)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("from_folder", [False, True])
+def test_copied_weights_are_those_of_the_last_publish(
+    kind, from_folder, small, vllm_engine, sample, prompt, difference, tmp_path
+):
+    loaded = small(kind)
+    if from_folder:
+        save_model(loaded, tmp_path / "model")
+        loaded = load_skeleton(tmp_path / "model")
+    engine = vllm_engine(loaded, weights="copied")
+    assert engine.copies(POLICY) and "copied at every publish" in engine.choices()[0]
+    served = engine.served(POLICY)
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.equal(parameter, served[name]) and parameter.data_ptr() != served[name].data_ptr(), name
+    publisher = WeightPublisher(
+        engine, trained=loaded.model, served=partial(engine.served, POLICY), copy=partial(engine.copy_weights, POLICY)
+    )
+    optimizer = optimizer_for(loaded, 1e-2)
+    before = sample(engine, prompt(0, 60))
+    assert difference(loaded, prompt(0, 60), before) <= 1e-5
+    step(loaded, optimizer)
+    assert sample(engine, prompt(0, 60)).logprobs == before.logprobs, "not handed over yet"
+    publisher.publish(1)
+    assert publisher.copied_bytes == sum(parameter.nbytes for parameter in loaded.model.parameters())
+    assert difference(loaded, prompt(0, 60), sample(engine, prompt(0, 60))) <= 1e-5, "new weights, and no old keys"
+
+
+def test_weights_that_can_not_be_shared_are_copied_and_the_reason_is_told(
+    small, vllm_engine, sample, prompt, difference, monkeypatch
+):
+    """As for a layout that nobody can view: the hand-over goes through vLLM's own loader."""
+
+    def refuse(module):
+        raise PreflightError("vLLM splits model.embed_tokens.weight over 2 GPUs (tensor parallel).")
+
+    monkeypatch.setattr("zs_fast.rollout.vllm_model.served_tensors", refuse)
+    with pytest.raises(PreflightError, match="tensor parallel"):
+        vllm_engine(small(), weights="shared")
+    loaded = small()
+    engine = vllm_engine(loaded)
+    assert engine.copies(POLICY)
+    (weights, _) = engine.choices()
+    assert "copied at every publish (vLLM splits" in weights and "\n" not in weights
+    step(loaded, optimizer_for(loaded, 1e-2))
+    assert engine.copy_weights(POLICY) == sum(parameter.nbytes for parameter in loaded.model.parameters())
+    engine.publish(1)
+    assert difference(loaded, prompt(0, 60), sample(engine, prompt(0, 60))) <= 1e-5
+
+
+def test_shared_weights_are_said_to_be_so(small, vllm_engine):
+    engine = vllm_engine(small())
+    assert not engine.copies(POLICY) and engine.copy_weights(POLICY) == 0
+    assert "one copy, shared with the trainer" in engine.choices()[0]

@@ -114,3 +114,15 @@ class LocalEngine(Engine, Protocol):
     def stats(self) -> dict[Role, EngineStats]:
         """Counts per role since the engine was made."""
         ...
+
+    def copies(self, role: Role) -> bool:
+        """Has the engine weights of its own for `role`, which `copy_weights` writes?"""
+        ...
+
+    def copy_weights(self, role: Role) -> int:
+        """Write the values of `module(role)` into the engine's own weights; the bytes written."""
+        ...
+
+    def choices(self) -> list[str]:
+        """A line each on how memory is held, where there was something to choose."""
+        ...

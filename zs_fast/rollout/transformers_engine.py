@@ -110,6 +110,16 @@ class TransformersEngine:
         model = self._lane(role).model
         return dict(model.named_parameters()) | dict(model.named_buffers())
 
+    def copies(self, role: Role) -> bool:
+        """Never: it samples with the trainer's own modules."""
+        return False
+
+    def copy_weights(self, role: Role) -> int:
+        return 0
+
+    def choices(self) -> list[str]:
+        return []
+
     @property
     def num_unfinished(self) -> int:
         return sum(lane.num_unfinished for lane in self._lanes.values())

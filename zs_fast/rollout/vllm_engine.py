@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from zs_fast.errors import EngineError
+from zs_fast.errors import EngineError, PreflightError
 from zs_fast.models.load import LoadedModel
 from zs_fast.rollout.engine import EngineStats
 from zs_fast.rollout.stop import StopStrings, eos_token_ids
@@ -52,6 +52,7 @@ class VllmEngine:
         enforce_eager: bool = False,
         wake: Callable[[Any], None] | None = None,
         adapters: Mapping[Role, Mapping[str, Tensor]] | None = None,
+        weights: Literal["auto", "shared", "copied"] = "auto",
     ) -> None:
         """`kv_cache_bytes` is per model; by default what `slots` sequences of full length need. `device` must be the
         one that the installed vLLM was built for. `wake` maps the cache's pool on CUDA again; without it `release_kv`
@@ -71,6 +72,7 @@ class VllmEngine:
             enforce_eager=enforce_eager,
             pooled_kv=wake is not None,
             adapters=adapters or {},
+            weights=weights,
         )
         limits = {
             role: max_context_tokens if isinstance(max_context_tokens, int) else max_context_tokens[role]
@@ -88,10 +90,16 @@ class VllmEngine:
         self._kv_is_released = False
         cores = [served.core for served in self._served]
         self._kv: CpuKv | CudaKv | None = None
+        self._kv_stays_because = ""
         if device.type == "cpu":
             self._kv = CpuKv(cores)
-        elif wake is not None:
-            self._kv = CudaKv(cores, wake)
+        elif wake is None:
+            self._kv_stays_because = "engine.release_kv is false"
+        else:
+            try:
+                self._kv = CudaKv(cores, wake)
+            except PreflightError as error:
+                self._kv_stays_because = str(error)
 
     def add(
         self, request_id: int, prompt_ids: list[int], sampling: Sampling, *, role: Role, cache_salt: str | None = None
@@ -162,6 +170,24 @@ class VllmEngine:
     def served(self, role: Role) -> dict[str, Tensor]:
         """The tensors that vLLM samples `role` with at this moment, under the trainer's names."""
         return self._lane(role).served.served()
+
+    def copies(self, role: Role) -> bool:
+        """Has the trainer's module for `role` memory of its own, whose values `copy_weights` hands over?"""
+        return bool(self._lane(role).served.unshared_because)
+
+    def copy_weights(self, role: Role) -> int:
+        """Write the trained values of `role` into vLLM's memory; the bytes written, 0 where they are shared."""
+        return self._lane(role).served.copy_weights()
+
+    def choices(self) -> list[str]:
+        """One line per model, and one for the cache: how its memory is held, and why so where it could be better."""
+        lines = []
+        for served in self._served:
+            shared = "one copy, shared with the trainer" if not served.unshared_because else "copied at every publish"
+            why = f" ({served.unshared_because})" if served.unshared_because else ""
+            lines.append(f"vLLM's weights of {served.loaded.name} ({', '.join(served.roles)}): {shared}{why}")
+        kept = f"stays: {self._kv_stays_because}" if self._kv_stays_because else "can be given back between rollouts"
+        return [*lines, f"vLLM's memory for keys and values {kept}"]
 
     def _lane(self, role: Role) -> _Lane:
         if role not in self._lanes:

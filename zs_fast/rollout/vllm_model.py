@@ -6,13 +6,13 @@ import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from zs_fast.errors import PreflightError
-from zs_fast.models.load import LoadedModel
+from zs_fast.errors import EngineError, PreflightError
+from zs_fast.models.load import LoadedModel, load_model
 from zs_fast.models.lora import adapter_rank, adapter_targets, adapter_tensors
 from zs_fast.rollout.shared_weights import named_as_in, probe, served_tensors, share
 from zs_fast.rollout.vllm_adapters import AdapterSlots
@@ -41,10 +41,15 @@ class ServingSettings:
     pooled_kv: bool = False
     adapters: Mapping[Role, Mapping[str, Tensor]] = field(default_factory=dict)
     """Fixed adapters of roles that share a model, by the names of `models.lora.adapter_tensors`."""
+    weights: Literal["auto", "shared", "copied"] = "auto"
+    """`auto` shares where vLLM's tensors can be viewed, and copies otherwise."""
 
 
 class ServedModel:
-    """A loaded model whose parameters are vLLM's memory, and the roles that speak through it.
+    """A loaded model, vLLM's engine for it, and the roles that speak through it.
+
+    Its parameters are vLLM's memory, or where that can't be (`unshared_because`) have memory of their own, and
+    `copy_weights` writes their values into vLLM's.
 
     Where the model carries an adapter (`models.lora`), that one belongs to the policy, or else to the first role; every
     other role speaks by its own adapter of `settings.adapters`, or by the base.
@@ -56,6 +61,8 @@ class ServedModel:
         _check_model(loaded, roles, max_context_tokens)
         self.loaded = loaded
         self.roles = tuple(roles)
+        self.unshared_because: str | None = None
+        """Why the weights are copied; empty where they are shared, None until it is known."""
         self._own_role = Role.POLICY if Role.POLICY in roles else roles[0]
         self._versions = dict.fromkeys(roles, 0)
         adapters = {role: settings.adapters[role] for role in roles if role in settings.adapters}
@@ -75,7 +82,7 @@ class ServedModel:
                 self._slots = AdapterSlots(self.core, sorted(set(self._slot_of.values())))
                 for role, tensors in adapters.items():
                     self._slots.write(self._slot_of[role], tensors)
-            share(loaded, self.served())
+            self.unshared_because = self._share(settings)
             self.probe_difference = probe(loaded, self._sample)
         except BaseException:
             self.core.close()
@@ -124,6 +131,67 @@ class ServedModel:
                     lora_targets=targets,
                 )
             )
+
+    def _share(self, settings: ServingSettings) -> str:
+        """Make the weights one with vLLM's; where that can't be, or is not asked for, a copy of them, and say why."""
+        reason = "engine.weights is 'copied'"
+        if settings.weights != "copied":
+            try:
+                share(self.loaded, self.served())
+                return ""
+            except PreflightError as error:
+                if settings.weights == "shared":
+                    raise
+                reason = str(error)
+        model: Any = self.loaded.model
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            model.to(settings.device)
+            self._copy_base()
+        else:  # vLLM has read the folder; the trainer reads it, too
+            whole = load_model(self.loaded.base, dtype=model.get_input_embeddings().weight.dtype)
+            weights = {name: parameter.detach() for name, parameter in whole.model.named_parameters()}
+            adapter = {name: tensor.detach() for name, tensor in adapter_tensors(model).items()}
+            ours = named_as_in(model, weights) | adapter
+            share(self.loaded, {name: tensor.to(settings.device) for name, tensor in ours.items()})
+        self.copy_weights()
+        return reason
+
+    def _copy_base(self) -> None:
+        """Write all weights but the adapter's, by vLLM's own loader, or where layers are wrapped into their tensors."""
+        adapter = adapter_tensors(self.loaded.model)
+        values = {n: p.detach() for n, p in self.loaded.model.named_parameters() if n not in adapter}
+        if not self._rank:
+            loader: Any = self.core.module
+            loader.load_weights(iter(values.items()))
+            return
+        served = self.served()
+        with torch.no_grad():
+            for name, value in values.items():
+                served[name].copy_(value)
+
+    def copy_weights(self) -> int:
+        """Write the trained values into vLLM's memory; the bytes written, 0 where the memory is one.
+
+        Raises EngineError if vLLM does not hold them afterwards: one tensor is compared, bit for bit.
+        """
+        if self.unshared_because == "":
+            return 0
+        trained = adapter_tensors(self.loaded.model) or dict(self.loaded.model.named_parameters())
+        if self._rank and self._slots is not None:
+            self._slots.write(self._slot_of[self._own_role], trained)
+        else:
+            self._copy_base()
+        self._check_copied(trained)
+        return sum(tensor.nbytes for tensor in trained.values())
+
+    def _check_copied(self, trained: Mapping[str, Tensor]) -> None:
+        try:
+            served = self.served()
+        except PreflightError:
+            return  # another layout than ours: the probe at the start compared what comes out of it
+        name = next(reversed(list(trained)))
+        if not torch.equal(served[name], trained[name]):
+            raise EngineError(f"{name} was copied to vLLM, which holds other values afterwards: it can't be trained.")
 
     def served(self) -> dict[str, Tensor]:
         """What is sampled with at this moment, by the trainer's names: the weights, and the own adapter's slot."""

@@ -18,21 +18,34 @@ class Publishes(Protocol):
 
 
 class WeightPublisher:
-    """Hand-over where engine and trainer share one storage: nothing is copied, only the version is announced.
+    """Hand-over of what was trained: where engine and trainer share one storage only the version is announced.
 
     `trained` is the module the optimizer steps; `served()` gives the tensors the engine samples with at that moment, by
     the trainer's names. Each `publish` first makes sure that they still are the same memory, so that no rollout comes
     from stale weights unnoticed: a few microseconds per tensor.
+
+    With `copy` the engine has weights of its own: each `publish` calls it first. It writes the trained values there and
+    returns how many bytes it wrote.
     """
 
-    def __init__(self, engine: Publishes, *, trained: nn.Module, served: Callable[[], Mapping[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        engine: Publishes,
+        *,
+        trained: nn.Module,
+        served: Callable[[], Mapping[str, Tensor]],
+        copy: Callable[[], int] | None = None,
+    ) -> None:
         """Raises EngineError when the engine does not sample with every parameter of `trained`."""
         self._engine = engine
         self._trained = trained
         self._served = served
         self.version = 0
         """The version last published; 0 are the weights the run started with."""
-        check_shared(trained, served())
+        self.copied_bytes = 0
+        """Written by the last `publish`."""
+        self._copy = copy
+        self.check()
 
     def publish(self, version: int) -> None:
         """From now on completions carry `version`. Raises EngineError if it does not rise, or memory is not shared."""
@@ -42,12 +55,26 @@ class WeightPublisher:
         self.announce(version)
 
     def announce(self, version: int) -> None:
-        """Say that the engine samples with these weights already, as it does after both were loaded from one file."""
+        """Say that the engine samples with these weights, as it does after both were loaded from one file; weights of its
+        own that `copy` fills are filled first."""
+        self._copy_over()
         self._engine.publish(version)
         self.version = version
 
+    def check(self) -> None:
+        """Return if the engine samples with the trained weights; EngineError naming a tensor that has parted.
+
+        Called before each rollout, too. Weights that are copied have nothing to part.
+        """
+        if self._copy is None:
+            check_shared(self._trained, self._served())
+
     def _hand_over(self) -> None:
-        check_shared(self._trained, self._served())
+        self.check()
+
+    def _copy_over(self) -> None:
+        if self._copy is not None:
+            self.copied_bytes = self._copy()
 
 
 class CopyPublisher(WeightPublisher):
@@ -62,10 +89,14 @@ class CopyPublisher(WeightPublisher):
     def __init__(self, engine: Publishes, *, trained: nn.Module, served: Callable[[], Mapping[str, Tensor]]) -> None:
         """Raises EngineError when the engine does not sample with every parameter of `trained`."""
         self._engine, self._trained, self._served = engine, trained, served
-        self.version = 0
+        self._copy = None
+        self.version = self.copied_bytes = 0
         strange = {name for name, _ in trained.named_parameters()} - served().keys()
         if strange:
             raise EngineError(f"Only the trainer's model has a tensor {min(strange)}: the engine holds another model.")
+
+    def check(self) -> None:
+        """Nothing to part: the engine has a copy."""
 
     @torch.no_grad()
     def _hand_over(self) -> None:
