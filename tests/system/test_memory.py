@@ -87,7 +87,16 @@ def test_kv_is_handed_back_between_rollouts_only() -> None:
         with memory.phase(phase):
             pass
     assert engine.calls == ["release", "acquire", "release"]
-    assert memory.take()["kv_released_bytes"] == 8192
+    timings = memory.take()
+    assert timings["kv_released_bytes"] == 8192
+    edges = {name: value for name, value in timings.items() if name.startswith("edge/")}
+    assert {name: value for name, value in edges.items() if name.endswith("bytes")} == {
+        "edge/rollout_to_score/released_bytes": 4096,
+        "edge/sync_to_rollout/released_bytes": 0,
+        "edge/rollout_to_update/released_bytes": 4096,
+    }
+    seconds = {name for name in edges if name.endswith("seconds")}
+    assert len(edges) == 6 and len(seconds) == 3 and all(0 <= edges[name] < 5 for name in seconds)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
@@ -159,6 +168,25 @@ def test_weights_that_part_later_are_caught_before_they_are_published() -> None:
     with pytest.raises(EngineError, match="weight lies in other memory"):
         publisher.publish(3)
     assert engine.calls == ["publish 1", "publish 2"]
+
+
+def test_weights_of_its_own_are_written_before_the_version_is_announced() -> None:
+    trained, held = nn.Linear(3, 2), nn.Linear(3, 2)
+    engine = FakeEngine()
+
+    def copy() -> int:
+        engine.calls.append("copy")
+        held.load_state_dict(trained.state_dict())
+        return sum(parameter.nbytes for parameter in trained.parameters())
+
+    publisher = WeightPublisher(engine, trained=trained, served=tensors_of(held), copy=copy)
+    assert engine.calls == [] and publisher.copied_bytes == 0
+    publisher.publish(1)
+    assert engine.calls == ["copy", "publish 1"] and publisher.copied_bytes == 32
+    assert torch.equal(trained.weight, held.weight)
+    with pytest.raises(EngineError, match="can't follow"):
+        publisher.publish(1)
+    assert engine.calls == ["copy", "publish 1"]
 
 
 def test_one_process_needs_no_torch_distributed() -> None:

@@ -49,6 +49,7 @@ class Memory:
         self._engine = engine
         self._kv_is_released = False
         self._current: Phase | None = None
+        self._last: Phase | None = None
         self._timings: dict[str, float] = {}
 
     @contextmanager
@@ -74,7 +75,7 @@ class Memory:
                 self._raise_to(f"{phase}/peak_cuda_bytes", torch.cuda.max_memory_allocated(self.device))
                 if self._empty_cache:
                     torch.cuda.empty_cache()
-            self._current = None
+            self._last, self._current = phase, None
 
     def take(self) -> dict[str, float]:
         """The timings since the last call, for timings.jsonl.
@@ -84,19 +85,25 @@ class Memory:
         <phase>/peak_rss_bytes   most main memory held during the phase (where the kernel can't reset its mark, as on
                                  macOS, since the start of the process)
         <phase>/peak_cuda_bytes  most bytes in tensors on the card during the phase
+        edge/<a>_to_<b>/...      where memory changed hands between two phases: seconds, and released_bytes (0 where it
+                                 was taken again)
         """
         timings, self._timings = self._timings, {}
         return timings
 
     def _hand_over(self, phase: Phase) -> None:
-        if self._engine is None:
+        if self._engine is None or (phase is not Phase.ROLLOUT) == self._kv_is_released:
             return
-        if phase is Phase.ROLLOUT and self._kv_is_released:
+        started, released = time.perf_counter(), 0
+        if self._kv_is_released:
             self._engine.acquire_kv()
-            self._kv_is_released = False
-        elif phase is not Phase.ROLLOUT and not self._kv_is_released:
-            self._add("kv_released_bytes", float(self._engine.release_kv()))
-            self._kv_is_released = True
+        else:
+            released = self._engine.release_kv()
+            self._add("kv_released_bytes", float(released))
+        self._kv_is_released = not self._kv_is_released
+        edge = f"edge/{self._last or 'start'}_to_{phase}"
+        self._add(f"{edge}/seconds", time.perf_counter() - started)
+        self._add(f"{edge}/released_bytes", float(released))
 
     def _reset_peaks(self) -> None:
         reset_peak_rss()
