@@ -55,8 +55,8 @@ class WeightPublisher:
         self.announce(version)
 
     def announce(self, version: int) -> None:
-        """Say that the engine samples with these weights, as it does after both were loaded from one file; weights of its
-        own that `copy` fills are filled first."""
+        """Say that the engine samples with these weights, as it does after both were loaded from one file; weights of
+        its own that `copy` fills are filled first."""
         self._copy_over()
         self._engine.publish(version)
         self.version = version
