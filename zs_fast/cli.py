@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from zs_fast import __version__
-from zs_fast.errors import ConfigError, PreflightError, ZsError
+from zs_fast.errors import ConfigError, MemoryBudgetError, PreflightError, ZsError
 
 if TYPE_CHECKING:
     from zs_fast.config import RunConfig
@@ -28,6 +28,7 @@ usage: zs-fast COMMAND ...
   train RECIPE ...   play, score, update: a whole run, into its run folder
   eval RECIPE ...    evaluate a model on the recipe's evaluation questions
   sft RECIPE ...     supervised fine-tuning on examples
+  plan RECIPE ...    memory and time by phase, on --gpu 24GiB (or a card's name), else on this machine; what to change
   bench SUBJECT      measure (in a checkout of the repository); subjects: {subjects}
   doctor             what this machine can do, and what is missing
 
@@ -35,7 +36,7 @@ RECIPE is a name ({recipes}) or a path to a .toml file; several merge left to ri
 `zs-fast train --help` lists every field of a recipe; each is a flag, as in --train.steps 20.
 Common: --output DIR, --data FILE, --seed N, --resume, --json (the last stdout line is one JSON document).
 """
-SUBJECTS = ("ops", "train_step", "rollout")
+SUBJECTS = ("ops", "train_step", "rollout", "plan")
 SPEAKING_TIME_S = 60.0
 """Longest time that the process which reports an error gets to close its files and do so."""
 MISSING_EXTRA = "zs-fast {command} needs the package {package}, which is not installed: pip install 'zs-fast[train]'"
@@ -90,6 +91,8 @@ def run(words: list[str]) -> int:
     command, rest = words[0], words[1:]
     if command in RUN_COMMANDS:
         return _run_with_recipe(command, rest)
+    if command == "plan":
+        return _plan(rest)
     if command == "doctor":
         return _doctor(rest)
     if command == "bench":
@@ -200,7 +203,11 @@ RUN_COMMANDS: Mapping[str, RunCommand] = {
     ),
     "sft": RunCommand(_sft, "Fine-tune model.path on the examples in data. Plain switch: --json.", ("json",)),
 }
-COMMANDS = (*RUN_COMMANDS, "bench", "doctor")
+PLAN_SUMMARY = (
+    "Plan the memory and time of a run, without loading anything. --gpu SIZE or NAME (24GiB, h100): for that card; "
+    "without it, for this machine. Plain switch: --json. The exit code is 3 where it does not fit."
+)
+COMMANDS = (*RUN_COMMANDS, "plan", "bench", "doctor")
 
 
 def _help(command: str) -> int:
@@ -216,13 +223,32 @@ def _help(command: str) -> int:
             RunConfig,
             args=["--help"],
             prog=f"zs-fast {command} RECIPE",
-            description=RUN_COMMANDS[command].summary,
+            description=PLAN_SUMMARY if command == "plan" else RUN_COMMANDS[command].summary,
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
             use_underscores=True,
         )
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+def _plan(words: list[str]) -> int:
+    if "-h" in words or "--help" in words:
+        return _help("plan")
+    from zs_fast.recipe_files import load_recipe, recipe_names
+    from zs_fast.system.hardware import gpu, present_machine
+    from zs_fast.system.plan_report import as_dict, plan_run, render
+
+    line = parse(words, ("json",))
+    cards = line.overrides.pop("gpu", None)
+    if cards == []:
+        raise ConfigError("--gpu needs a value: a size such as 24GiB, or a card's name such as h100")
+    if not line.recipes:
+        raise ConfigError(f"zs-fast plan needs a recipe: one of {', '.join(recipe_names())}, or a .toml file")
+    config = load_recipe(line.recipes, line.overrides)
+    plan = plan_run(config, gpu(cards[0]) if cards else present_machine(config.model.device, config.threads))
+    print(_as_json(as_dict(plan)) if "json" in line.switches else render(plan))
+    return 0 if plan.fits else MemoryBudgetError.exit_code
 
 
 def _doctor(words: list[str]) -> int:

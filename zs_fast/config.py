@@ -359,6 +359,8 @@ class TrainConfig(Section):
     sharding: Literal["none", "fsdp2"] = "none"
     """`fsdp2`: the trained weights, their gradients and AdamW's moments lie in pieces on all processes, for a model
     whose training is too large for one card; each process keeps a whole copy in model.dtype to play with."""
+    check_memory: bool = True
+    """Refuse at the start a run that cannot fit into memory by `zs-fast plan`; false starts it all the same."""
     rank_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     """Several processes: longest wait for another one, in seconds. A rollout may be done that much sooner elsewhere."""
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from zs_fast.config import RunConfig, write_config
-from zs_fast.errors import ConfigError, EngineError, SimulatorError
+from zs_fast.errors import ConfigError, EngineError, PreflightError, SimulatorError
 from zs_fast.evaluate import Evaluation, evaluate, evaluation_questions
 from zs_fast.learn.algorithms import credit, has_signal
 from zs_fast.learn.critic import Critic
@@ -50,8 +50,10 @@ from zs_fast.system.checkpoint import Checkpoint, CheckpointStore, check_same_ru
 from zs_fast.system.distributed import check_same_bits, from_main, is_main, largest, process_group, together
 from zs_fast.system.environment import write_environment
 from zs_fast.system.files import FileOperations, replace_file
+from zs_fast.system.hardware import present_machine
 from zs_fast.system.memory import Memory, Phase
 from zs_fast.system.metrics import RunLog, SilentLog
+from zs_fast.system.plan_report import brief, plan_run, refuse_if_too_large
 from zs_fast.system.rollout_metrics import rollout_metrics, staleness_metrics
 from zs_fast.system.seeds import seed_for
 from zs_fast.types import Group, Role
@@ -107,6 +109,18 @@ class _Played(NamedTuple):
     """Groups of coming steps that were begun (`Player.carried`)."""
 
 
+def plan_line(config: RunConfig, device: str) -> str:
+    """The memory that the run will take, in a line or, where that may not fit, with advice. Raises MemoryBudgetError
+    where it can't fit at all, unless `train.check_memory` is off."""
+    try:
+        plan = plan_run(config, present_machine(device, config.threads))
+    except PreflightError as error:
+        return f"no plan of the memory: {error}"
+    if config.train.check_memory:
+        refuse_if_too_large(config, plan)
+    return brief(plan)
+
+
 class _Run:
     """One run's objects, and the loop over them."""
 
@@ -121,6 +135,7 @@ class _Run:
         self.order.batch(0, config.train.questions_per_step)
         self.eval_questions = evaluation_questions(config)
         device = use_device(config)
+        planned = plan_line(config, str(device))
         self.policy = load_policy(config, device)
         frozen = self._frozen_copy(device)
         self.arena = build_arena(config, self.policy, device=device, base=frozen)
@@ -155,6 +170,7 @@ class _Run:
         if checkpoint:
             self._restore(checkpoint)
         self.log = stack.enter_context(self._open_log())
+        self.log.note(planned)
         for warning in self.log.truncate(checkpoint.step if checkpoint else -1) + store.warnings:
             self.log.note(warning)
         for choice in self.arena.choices:

@@ -1,0 +1,77 @@
+"""How long the phases of a step take at least, and about how long in practice: rooflines over sizes and speeds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from zs_fast.config import RunConfig
+from zs_fast.system.hardware import Hardware
+from zs_fast.system.plan import ITEM_BYTES, POLICY_PROMPT_TOKENS, SIMULATOR_PROMPT_TOKENS, PlanPhase, policy_rank
+from zs_fast.system.shapes import Shape, shape_of
+
+SEARCHES_PER_CHANCE = 0.48
+"""Of the turns that may search, those that do: 2.4 searches where five are allowed."""
+TOKENS_PER_TURN, TOKENS_PER_ANSWER = 150, 250
+"""What a policy writes in a turn, and a simulator for a search, where they may write more."""
+REACHED = {PlanPhase.ROLLOUT: 0.5, PlanPhase.SCORE: 0.5, PlanPhase.UPDATE: 0.4}
+"""Shares of the roofline that a phase is taken to reach. Assumed; not measured on a GPU."""
+FLOAT32_SLOWER = 8.0
+"""Of a card's float32 products over its bfloat16 ones. Assumed: 2 to 15 by card."""
+LAUNCH_S = 0.002
+"""Of the host in a decoding step on a GPU."""
+
+
+def phase_seconds(config: RunConfig, hardware: Hardware) -> dict[PlanPhase, float]:
+    """About how many seconds each phase of a step takes, for trajectories of usual length.
+
+    A trajectory has a prompt, and for each search a turn, an answer, and a last turn. Prefixes are computed once.
+    """
+    game, simulator, train = config.game, config.simulator, config.train
+    if hardware.is_cuda and config.model.dtype == "float32":
+        hardware = replace(hardware, flop_per_s=hardware.flop_per_s / FLOAT32_SLOWER)
+    number = train.questions_per_step * train.group_size
+    searches = SEARCHES_PER_CHANCE * (game.max_turns - 1)
+    written = (searches + 1) * min(TOKENS_PER_TURN, game.max_new_tokens)
+    documents = searches * min(TOKENS_PER_ANSWER, game.max_observation_tokens)
+    context = min(POLICY_PROMPT_TOKENS + written + documents, game.max_context_tokens)
+    policy, item = shape_of(config.model.path), ITEM_BYTES[config.model.dtype]
+    is_local = simulator.kind in ("model", "policy")
+    rollout = _decode(policy, item, number, written, context, config.engine.slots, hardware)
+    rollout += _forward(policy, number / train.group_size * POLICY_PROMPT_TOKENS + number * documents, 0, hardware)
+    if is_local and searches:
+        other = shape_of(simulator.path) if simulator.kind == "model" else policy
+        asked = SIMULATOR_PROMPT_TOKENS[simulator.template]
+        answer = min(TOKENS_PER_ANSWER, simulator.max_new_tokens)
+        calls = number * searches
+        rollout += _decode(other, item, calls, answer, asked + answer, config.engine.slots, hardware)
+        rollout += _forward(other, calls * asked, 0, hardware)
+    one = _forward(policy, number * context, number * written, hardware, context=context)
+    passes = (config.algorithm.kl_coefficient > 0) + (train.mini_batches * train.epochs > 1)
+    trained = (2.0 if policy_rank(config) else 3.0) + train.gradient_checkpointing
+    update = one * trained * train.epochs
+    if config.algorithm.name == "ppo":
+        passes, update = passes + 1, 2 * update
+    floors = {PlanPhase.ROLLOUT: rollout, PlanPhase.SCORE: one * passes, PlanPhase.UPDATE: update}
+    return {phase: seconds / REACHED[phase] for phase, seconds in floors.items()}
+
+
+def _attention_flop(shape: Shape, tokens: float, context: float) -> float:
+    """Of causal attention, for tokens that see half the context on average."""
+    return 2.0 * shape.layers * shape.query_size * tokens * context
+
+
+def _forward(shape: Shape, tokens: float, head_tokens: float, hardware: Hardware, *, context: float = 0.0) -> float:
+    flop = 2.0 * shape.linear_parameters * tokens + 2.0 * shape.head_parameters * head_tokens
+    return (flop + _attention_flop(shape, tokens, context)) / hardware.flop_per_s
+
+
+def _decode(
+    shape: Shape, itemsize: int, sequences: float, tokens: float, context: float, slots: int, hardware: Hardware
+) -> float:
+    """Seconds for `sequences` that write `tokens` each, at most `slots` at a time."""
+    batch = max(1.0, min(sequences, slots))
+    weights = shape.linear_parameters + shape.head_parameters
+    moved = itemsize * weights + shape.kv_bytes_per_token(itemsize) * context * batch
+    flop = batch * (2.0 * weights + 4.0 * shape.layers * shape.query_size * context)
+    step = max(moved / hardware.bytes_per_s, flop / hardware.flop_per_s) + LAUNCH_S * hardware.is_cuda
+    return sequences * tokens / batch * step
