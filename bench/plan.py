@@ -40,7 +40,7 @@ IMPORTED_LATE = (
     "transformers.modeling_gguf_pytorch_utils",
 )
 """What a run imports only when it comes to it."""
-RUN_LIMIT_S = 900.0
+RUN_LIMIT_S = 1800.0
 
 SMOLLM2 = {
     "data": ["quickstart:train"],
@@ -51,13 +51,13 @@ SMOLLM2 = {
     "simulator.max_new_tokens": ["48"],
     "simulator.max_failed_share": ["1.0"],
     "game.max_turns": ["2"],
-    "game.max_new_tokens": ["96"],
+    "game.max_new_tokens": ["64"],
     "game.max_observation_tokens": ["64"],
     "game.max_context_tokens": ["256"],
     "train.steps": ["1"],
     "train.questions_per_step": ["4"],
     "train.group_size": ["2"],
-    "train.token_budget": ["512"],
+    "train.token_budget": ["448"],
     "train.mini_batches": ["2"],
     "train.save_every": ["0"],
     "engine.slots": ["8"],

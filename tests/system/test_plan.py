@@ -76,7 +76,7 @@ def test_the_shape_of_a_folder_counts_its_real_parameters(role):
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones():
-    with pytest.raises(PreflightError, match="qwen2.5-0.5b"):
+    with pytest.raises(PreflightError, match=r"qwen2\.5-0\.5b"):
         shape_of("models/Mystery-13B")
     with pytest.raises(PreflightError):
         shape_of("models/Qwen2.5-32B")
@@ -99,7 +99,7 @@ FAMILIES = {
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activations_are_what_autograd_saves(family, rank, dtype):
-    """Per token and layer: of a model with two layers over one with one. Within 3 %: statistics of norms are left out."""
+    """Per token: what a second layer adds. Within 3 %: statistics of norms are left out."""
     sizes = {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 160}
     saved = []
     for layers in (1, 2):
@@ -223,7 +223,7 @@ def test_the_recipe_for_80_gb_is_refused_on_24_with_advice_that_holds():
     config = load_recipe(["grpo_qwen2.5_3b_full_80gb"])
     plan = plan_run(config, gpu("24GiB"))
     assert not plan.fits and plan.enough
-    with pytest.raises(MemoryBudgetError, match="model.lora_rank = 32 saves .* GiB in the update") as refused:
+    with pytest.raises(MemoryBudgetError, match=r"model\.lora_rank = 32 saves .* GiB in the update") as refused:
         refuse_if_too_large(config, plan)
     assert "train.check_memory = false" in str(refused.value)
     assert refused.value.exit_code == 3
@@ -261,7 +261,7 @@ def test_a_run_is_refused_only_where_even_short_trajectories_cannot_fit():
     tight = plan_run(config, Hardware("main memory", int(0.98 * peak), 1e10, 1e11, is_cuda=False))
     assert not tight.fits and "Change, in this order" in brief(tight)
     refuse_if_too_large(config, tight)
-    small = plan_run(config, Hardware("main memory", int(peak / (1 + MARGIN) / 10), 1e10, 1e11, is_cuda=False))
+    small = plan_run(config, Hardware("main memory", int(peak / (1 + MARGIN) / 40), 1e10, 1e11, is_cuda=False))
     with pytest.raises(MemoryBudgetError):
         refuse_if_too_large(config, small)
 
@@ -272,7 +272,7 @@ def test_train_refuses_early_and_the_switch_starts_it_all_the_same(monkeypatch, 
     small = Hardware("main memory", 1 << 20, 1e10, 1e11, is_cuda=False)
     monkeypatch.setattr(train, "present_machine", lambda *_: small)
     config = load_recipe(["quickstart"], {"output": [str(tmp_path / "run")]})
-    with pytest.raises(MemoryBudgetError, match="1. "):
+    with pytest.raises(MemoryBudgetError, match=r"1\. "):
         train.train(config)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     line = train.plan_line(changed(config, "train.check_memory", False), "cpu")

@@ -31,6 +31,8 @@ PACKED_BYTES = 0.5 + 4 / 64
 """Of a weight in 4 bits with its share of a block's scale."""
 SAMPLER_BYTES = 22
 """Of temporaries for each logit that is sampled from."""
+CPU_PROCESS_BYTES = 80 << 20
+"""Of tokenizers, questions and what the allocator keeps between blocks: measured on SmolLM2-135M's rollout."""
 CUDA_CONTEXT_BYTES = 640 << 20
 """Of the driver, the libraries and their workspaces. Assumed; not measured."""
 VLLM_BYTES = 1 << 30
@@ -365,9 +367,8 @@ def _loading(config: RunConfig, models: list[_Model]) -> Iterator[Use]:
 
 
 def _overhead(config: RunConfig, *, is_cuda: bool) -> Iterator[Use]:
-    if is_cuda:
-        yield Use(role="process", part=Part.OVERHEAD, num_bytes=CUDA_CONTEXT_BYTES)
-        if config.engine.kind == "vllm":
-            simulator = config.simulator.kind
-            engines = 1 + (simulator == "model" or (simulator == "policy" and not policy_rank(config)))
-            yield Use(role="process", part=Part.OVERHEAD, num_bytes=engines * VLLM_BYTES)
+    yield Use(role="process", part=Part.OVERHEAD, num_bytes=CUDA_CONTEXT_BYTES if is_cuda else CPU_PROCESS_BYTES)
+    if is_cuda and config.engine.kind == "vllm":
+        simulator = config.simulator.kind
+        engines = 1 + (simulator == "model" or (simulator == "policy" and not policy_rank(config)))
+        yield Use(role="process", part=Part.OVERHEAD, num_bytes=engines * VLLM_BYTES)

@@ -171,9 +171,7 @@ def _fewer_slots(config: RunConfig, hardware: Hardware, budget: int) -> Proposal
     return _shrunk(config, hardware, budget, "engine.slots", config.engine.slots, LEAST_SLOTS, 1)
 
 
-def _shrunk(
-    config: RunConfig, hardware: Hardware, budget: int, name: str, now: int, least: int, step: int
-) -> Proposal:
+def _shrunk(config: RunConfig, hardware: Hardware, budget: int, name: str, now: int, least: int, step: int) -> Proposal:
     """The largest smaller value that fits; the least sensible one where none does."""
     if now <= least:
         return None
@@ -238,8 +236,8 @@ def refuse_if_too_large(config: RunConfig, plan: RunPlan) -> None:
         return
     raise MemoryBudgetError(
         f"This run needs at least {least.peak_bytes / (1.0 + MARGIN) / GIB:.1f} GiB of memory (in the "
-        f"{least.fullest.phase}; planned for full length: {plan.memory.peak_bytes / GIB:.1f}), but {plan.hardware.name} "
-        f"has {plan.budget_bytes / GIB:.1f} GiB for it.\n" + "\n".join(advice_lines(plan)) + "\n"
+        f"{least.fullest.phase}; planned for full length: {plan.memory.peak_bytes / GIB:.1f}), but "
+        f"{plan.hardware.name} has {plan.budget_bytes / GIB:.1f} GiB for it.\n" + "\n".join(advice_lines(plan)) + "\n"
         "To start all the same: train.check_memory = false."
     )
 
