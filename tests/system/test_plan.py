@@ -286,6 +286,15 @@ def test_train_goes_on_without_a_plan_for_a_model_of_unknown_sizes(tmp_path):
     assert plan_line(config, "cpu").startswith("no plan of the memory")
 
 
+def test_weights_in_pieces_are_neither_planned_nor_refused():
+    from zs_fast.train import plan_line
+
+    config = changed(load_recipe(["zerosearch_paper_ppo_qwen2.5_3b"]), "train.sharding", "fsdp2")
+    with pytest.raises(PreflightError, match="sharding"):
+        plan_memory(config, is_cuda=True)
+    assert plan_line(config, "cpu").startswith("no plan of the memory")
+
+
 @pytest.mark.parametrize(
     ("text", "memory"), [("24GiB", 24 * GIB), ("80GB", 80 * 10**9), ("h100", None), ("RTX 4090", None)]
 )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from zs_fast.config import RunConfig
+from zs_fast.errors import PreflightError
 from zs_fast.system.shapes import Shape, adapter_rank_at, shape_of
 from zs_fast.types import Role
 
@@ -144,8 +145,13 @@ class _Model:
 
 def plan_memory(config: RunConfig, *, is_cuda: bool = False, lengths: Lengths | None = None) -> MemoryPlan:
     """The memory of `zs-fast train` for this recipe, in one process, with a batch of trajectories of these lengths (the
-    longest by default). Raises PreflightError for a model whose sizes are unknown.
+    longest by default). Raises PreflightError for a model whose sizes are unknown, and for weights in pieces.
     """
+    if config.train.sharding != "none":
+        raise PreflightError(
+            f"train.sharding is {config.train.sharding!r}, but a plan is made for one process that holds all its "
+            "weights. Leave train.sharding out to plan that."
+        )
     lengths = lengths or longest(config)
     models = _models(config)
     kept = [*_states(config, models, is_cuda=is_cuda)]
