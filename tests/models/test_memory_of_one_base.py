@@ -15,6 +15,7 @@ import torch
 from zs_fast.learn.critic import Critic
 from zs_fast.models.load import on_same_base
 from zs_fast.models.lora import adapter_tensors, attach_adapter
+from zs_fast.system.memory import return_freed_memory
 from zs_fast.testing import tiny_model
 
 torch.set_num_threads(1)
@@ -29,6 +30,7 @@ def size(tensors) -> int:
 policy = tiny_model("llama", hidden_size=768, layers=3, heads=6, kv_heads=6)
 base = size(policy.model.parameters())
 attach_adapter(policy.model, 8)
+return_freed_memory()  # or a copy would first fill what was freed while the model was made
 start = resident()
 roles = [on_same_base(policy), on_same_base(policy), Critic.on_base(policy, 8)]
 shared = resident() - start
