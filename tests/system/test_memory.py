@@ -187,6 +187,10 @@ def test_weights_of_its_own_are_written_before_the_version_is_announced() -> Non
     with pytest.raises(EngineError, match="can't follow"):
         publisher.publish(1)
     assert engine.calls == ["copy", "publish 1"]
+    with torch.no_grad():
+        trained.weight.add_(1)  # as a resume does, which reads the trainer's weights from a file
+    publisher.announce(7)
+    assert engine.calls[2:] == ["copy", "publish 7"] and torch.equal(trained.weight, held.weight)
 
 
 def test_one_process_needs_no_torch_distributed() -> None:

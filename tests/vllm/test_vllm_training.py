@@ -90,6 +90,23 @@ def test_a_resume_goes_on_with_the_saved_weights(whole_run, tmp_path):
     assert all(torch.isfinite(parameter).all() for parameter in saved.model.parameters())
 
 
+def test_a_run_with_copied_weights_is_the_same_run_and_so_is_its_resume(whole_run, tmp_path):
+    copied = tmp_path / "copied"
+    train(small_run(copied, **{"engine.weights": "copied"}))
+    assert (copied / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
+    assert state(copied, STEPS) == state(whole_run, STEPS)
+    written = [
+        json.loads(line).get("sync/copied_bytes") for line in (copied / "timings.jsonl").read_text().splitlines()
+    ]
+    size = sum(parameter.nbytes for parameter in load_model("quickstart:policy").model.parameters())
+    assert [count for count in written if count is not None] == [size] * STEPS
+    for later in range(2, STEPS + 1):
+        shutil.rmtree(copied / "checkpoints" / f"step_{later}")
+    train(small_run(copied, **{"engine.weights": "copied"}), resume=True)
+    assert [row["step"] for row in rows(copied)] == list(range(1, STEPS + 1))
+    assert all(row["logprobs/rollout_mismatch"] < 1e-5 for row in rows(copied)), "vLLM has the saved weights, too"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_equal_rollouts_give_equal_trainer_state_whichever_engine_sampled_them(dtype, tmp_path, monkeypatch):
     """Weights, moments and masters, bit for bit; both engines sample (evaluations) between the updates."""
