@@ -29,7 +29,7 @@ from zs_fast.system.checkpoint import CheckpointStore
 from zs_fast.system.distributed import gather, is_main, rank, together, world_size
 from zs_fast.system.exchange import groups_from_json, groups_to_json
 from zs_fast.system.lock import check_writable, run_lock
-from zs_fast.system.weights import CopyPublisher, WeightPublisher
+from zs_fast.system.weights import WeightPublisher, check_held, copy_pieces
 from zs_fast.types import Group, Question, Role
 
 
@@ -106,9 +106,11 @@ def in_pieces(config: RunConfig, model: Any, device: torch.device, *, train: boo
 def publisher(config: RunConfig, arena: Arena, trained: LoadedModel) -> WeightPublisher:
     """How new weights come to the engine: it has them already, or gets a copy, of whole weights or of pieces."""
     served = partial(arena.engine.served, Role.POLICY)
-    if config.train.sharding != "none":
-        return CopyPublisher(arena.engine, trained=trained.model, served=served)
-    return WeightPublisher(arena.engine, trained=trained.model, served=served, copy=arena.copy_policy)
+    in_pieces = config.train.sharding != "none"
+    if in_pieces:
+        check_held(trained.model, served())
+    copy = partial(copy_pieces, trained.model, served) if in_pieces else arena.copy_policy
+    return WeightPublisher(arena.engine, trained=trained.model, served=served, copy=copy)
 
 
 def hold_run_folder(output: Path, stack: ExitStack, store: CheckpointStore | None = None) -> None:

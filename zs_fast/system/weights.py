@@ -51,13 +51,14 @@ class WeightPublisher:
         """From now on completions carry `version`. Raises EngineError if it does not rise, or memory is not shared."""
         if version <= self.version:
             raise EngineError(f"version {version} can't follow version {self.version}: versions rise with each update.")
-        self._hand_over()
+        self.check()
         self.announce(version)
 
     def announce(self, version: int) -> None:
         """Say that the engine samples with these weights, as it does after both were loaded from one file; weights of
         its own that `copy` fills are filled first."""
-        self._copy_over()
+        if self._copy is not None:
+            self.copied_bytes = self._copy()
         self._engine.publish(version)
         self.version = version
 
@@ -69,41 +70,27 @@ class WeightPublisher:
         if self._copy is None:
             check_shared(self._trained, self._served())
 
-    def _hand_over(self) -> None:
-        self.check()
 
-    def _copy_over(self) -> None:
-        if self._copy is not None:
-            self.copied_bytes = self._copy()
+@torch.no_grad()
+def copy_pieces(trained: nn.Module, served: Callable[[], Mapping[str, Tensor]]) -> int:
+    """Copy trained weights that lie in pieces on several ranks to the engine's, one whole tensor at a time; the bytes
+    written. All ranks must call it; the engine holds every parameter (`check_held`).
 
-
-class CopyPublisher(WeightPublisher):
-    """Hand-over where the trained weights lie in pieces on several ranks: each publish copies them to the engine, one
-    whole tensor at a time. All ranks must call it.
-
-    Costs the engine's copy, the weights once in its own type on every rank, and an all-gather of that size per publish.
+    Costs the engine's copy, the weights once in its own type on every rank, and an all-gather of that size each time.
     Gathering the trained weights themselves for the rollout would need as much memory just then, and leave them to a
     sampler that knows nothing of FSDP's hooks around each layer.
     """
+    targets = served()
+    for name, parameter in trained.named_parameters():
+        narrow: Any = parameter.to(targets[name].dtype)
+        targets[name].copy_(narrow.full_tensor() if hasattr(narrow, "full_tensor") else narrow)
+    return sum(targets[name].nbytes for name, _ in trained.named_parameters())
 
-    def __init__(self, engine: Publishes, *, trained: nn.Module, served: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Raises EngineError when the engine does not sample with every parameter of `trained`."""
-        self._engine, self._trained, self._served = engine, trained, served
-        self._copy = None
-        self.version = self.copied_bytes = 0
-        strange = {name for name, _ in trained.named_parameters()} - served().keys()
-        if strange:
-            raise EngineError(f"Only the trainer's model has a tensor {min(strange)}: the engine holds another model.")
 
-    def check(self) -> None:
-        """Nothing to part: the engine has a copy."""
-
-    @torch.no_grad()
-    def _hand_over(self) -> None:
-        served = self._served()
-        for name, parameter in self._trained.named_parameters():
-            narrow: Any = parameter.to(served[name].dtype)
-            served[name].copy_(narrow.full_tensor() if hasattr(narrow, "full_tensor") else narrow)
+def check_held(trained: nn.Module, served: Mapping[str, Tensor]) -> None:
+    """Return if the engine has a tensor for every parameter of `trained`; else EngineError naming one it lacks."""
+    if strange := {name for name, _ in trained.named_parameters()} - served.keys():
+        raise EngineError(f"Only the trainer's model has a tensor {min(strange)}: the engine holds another model.")
 
 
 def check_shared(trained: nn.Module, served: Mapping[str, Tensor]) -> None:
