@@ -21,18 +21,14 @@ from zs_fast.config import RunConfig, write_config
 from zs_fast.errors import ConfigError, EngineError, PreflightError, SimulatorError
 from zs_fast.evaluate import Evaluation, evaluate, evaluation_questions
 from zs_fast.learn.algorithms import credit, has_signal
-from zs_fast.learn.critic import Critic
 from zs_fast.learn.roles import Roles, score
 from zs_fast.learn.update import Updater
 from zs_fast.models.attention import use_attention
-from zs_fast.models.load import DTYPES, LoadedModel, load_model, on_same_base, resolve_path, save_model
-from zs_fast.models.lora import adapter_rank, is_adapter_folder, load_adapter, read_adapter
+from zs_fast.models.load import DTYPES, save_model
 from zs_fast.ranks import (
     check_recipe,
     check_sharding,
     hold_run_folder,
-    in_pieces,
-    loading_device,
     pack_share,
     play,
     publisher,
@@ -42,10 +38,11 @@ from zs_fast.report.page import write_report
 from zs_fast.report.plots import reward_curve
 from zs_fast.rollout.engine import StepCounts
 from zs_fast.rollout.play import Refill
+from zs_fast.run_models import critic_of, frozen_copy, load_policy_weights, reference_of
 from zs_fast.search.curriculum import noise_probability
 from zs_fast.search.data import QuestionOrder, load_questions
 from zs_fast.search.statistics import search_statistics
-from zs_fast.setup import build_arena, load_policy, load_served, use_device
+from zs_fast.setup import build_arena, load_policy, use_device
 from zs_fast.system.checkpoint import Checkpoint, CheckpointStore, check_same_run
 from zs_fast.system.distributed import check_same_bits, from_main, is_main, largest, process_group, together
 from zs_fast.system.environment import write_environment
@@ -55,8 +52,7 @@ from zs_fast.system.memory import Memory, Phase
 from zs_fast.system.metrics import RunLog, SilentLog
 from zs_fast.system.plan_report import brief, plan_run, refuse_if_too_large
 from zs_fast.system.rollout_metrics import rollout_metrics, staleness_metrics
-from zs_fast.system.seeds import seed_for
-from zs_fast.types import Group, Role
+from zs_fast.types import Group
 
 
 def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -137,18 +133,18 @@ class _Run:
         device = use_device(config)
         planned = plan_line(config, str(device))
         self.policy = load_policy(config, device)
-        frozen = self._frozen_copy(device)
+        frozen = frozen_copy(config, self.policy, device)
         self.arena = build_arena(config, self.policy, device=device, base=frozen)
         stack.callback(self.arena.close)
-        reference = self._reference(frozen)
+        reference = reference_of(config, self.policy, frozen)
         if checkpoint:
-            self._load_policy_weights(checkpoint)
+            load_policy_weights(self.policy, checkpoint.model_path, config)
         weights = checkpoint.model_path if checkpoint else config.model.path
         self.trained = trained_policy(config, self.policy, weights, device)
         self.roles = Roles(
             policy=self.trained,
             reference=reference,
-            critic=self._critic(device),
+            critic=critic_of(config, self.policy, device),
             temperature=config.sampling.temperature,
         )
         longest = config.game.max_turns * config.game.max_new_tokens
@@ -296,48 +292,6 @@ class _Run:
             elif step > self.saved_step and self.config.train.sharding == "none":
                 self._save(step, self.updater.state_tensors())
             raise
-
-    def _frozen_copy(self, device: Any) -> LoadedModel | None:
-        """The policy as it was before the first step, where all its weights are trained and the KL term is used."""
-        if not self.config.algorithm.kl_coefficient or adapter_rank(self.policy.model):
-            return None
-        if self.config.simulator.kind == "policy":  # the simulator speaks through it, so the engine serves it
-            return load_served(self.config.model.path, self.config, device)
-        where = loading_device(self.config, device)
-        frozen = load_model(self.config.model.path, dtype=DTYPES[self.config.model.dtype], device=where)
-        in_pieces(self.config, frozen.model.requires_grad_(False), device, train=False)
-        return frozen
-
-    def _reference(self, frozen: LoadedModel | None) -> LoadedModel | None:
-        """What the KL term compares with: the frozen copy, or under an adapter the base itself, with the adapter that
-        the run began with where `model.path` brought one."""
-        if not self.config.algorithm.kl_coefficient or frozen is not None:
-            return frozen
-        began_with_adapter = is_adapter_folder(resolve_path(self.config.model.path))
-        return on_same_base(self.policy, self.config.model.path if began_with_adapter else "")
-
-    def _critic(self, device: Any) -> Critic | None:
-        """PPO's value model; its weights come from the checkpoint on resume."""
-        config = self.config
-        if config.algorithm.name != "ppo":
-            return None
-        rank = config.critic.lora_rank
-        if rank is None:
-            rank = 0 if config.critic.path else adapter_rank(self.policy.model)
-        if rank:
-            seed = seed_for(config.seed, role=Role.CRITIC, purpose="adapter")
-            return Critic.on_base(self.policy, rank, targets=config.model.lora_targets, seed=seed)
-        where, dtype = loading_device(config, device), DTYPES[config.model.dtype]
-        critic = Critic(load_model(config.critic.path or config.model.path, dtype=dtype, device=where))
-        return in_pieces(config, critic, device)  # type: ignore[no-any-return]
-
-    def _load_policy_weights(self, checkpoint: Checkpoint) -> None:
-        if adapter_rank(self.policy.model):
-            load_adapter(self.policy.model, read_adapter(checkpoint.model_path))
-            return
-        dtype = DTYPES[self.config.model.dtype]
-        saved = load_model(checkpoint.model_path, dtype=dtype, device=self.policy.model.device)
-        self.policy.model.load_state_dict(saved.model.state_dict())
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.updater.load_state_tensors(checkpoint.tensors())

@@ -13,6 +13,8 @@ from zs_fast.recipe_files import load_recipe
 from zs_fast.system.metrics import RunLog
 from zs_fast.train import train
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 STEPS = 2
 
 
@@ -30,15 +32,6 @@ def short_run(output: Path, **overrides: object):
         "eval.search": "none",
     }
     return load_recipe(["quickstart"], {key: [str(value)] for key, value in (short | overrides).items()})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_pictures():
-    """Drawing takes longer than these runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zs_fast.train, "reward_curve", lambda *_: None)
-        patch.setattr(zs_fast.train, "write_report", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +101,6 @@ def test_a_run_cut_shorter_on_resume_still_gets_its_last_evaluation(tmp_path, mo
 
 
 def test_more_questions_per_step_than_the_data_holds_is_found_before_anything_is_played(tmp_path, monkeypatch):
-    monkeypatch.setattr(zs_fast.train, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(zs_fast.train, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ConfigError, match=r"train\.questions_per_step is 801"):
         train(short_run(tmp_path / "run", **{"train.questions_per_step": 801}))

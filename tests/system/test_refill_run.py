@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import zs_fast.train
 from zs_fast.errors import ConfigError
 from zs_fast.recipe_files import load_recipe
 from zs_fast.rollout.play import Player
 from zs_fast.train import train
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 STEPS = 4
 
@@ -36,15 +37,6 @@ def refilled_run(output: Path, **overrides: object):
         "eval.at_start": "false",
     }
     return load_recipe(["quickstart"], {key: [str(value)] for key, value in (small | overrides).items()})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_pictures():
-    """Drawing takes longer than these runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zs_fast.train, "reward_curve", lambda *_: None)
-        patch.setattr(zs_fast.train, "write_report", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,63 @@
+"""The models a run needs beside the policy it plays with: frozen copy, reference, critic; and its saved weights.
+
+Under an adapter they all stand on the policy's base; where all weights are trained each is a model of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from zs_fast.config import RunConfig
+from zs_fast.learn.critic import Critic
+from zs_fast.models.load import DTYPES, LoadedModel, load_model, on_same_base, resolve_path
+from zs_fast.models.lora import adapter_rank, is_adapter_folder, load_adapter, read_adapter
+from zs_fast.ranks import in_pieces, loading_device
+from zs_fast.setup import load_served
+from zs_fast.system.seeds import seed_for
+from zs_fast.types import Role
+
+
+def frozen_copy(config: RunConfig, policy: LoadedModel, device: Any) -> LoadedModel | None:
+    """The policy as it was before the first step, where all its weights are trained and the KL term is used."""
+    if not config.algorithm.kl_coefficient or adapter_rank(policy.model):
+        return None
+    if config.simulator.kind == "policy":  # the simulator speaks through it, so the engine serves it
+        return load_served(config.model.path, config, device)
+    where = loading_device(config, device)
+    frozen = load_model(config.model.path, dtype=DTYPES[config.model.dtype], device=where)
+    in_pieces(config, frozen.model.requires_grad_(False), device, train=False)
+    return frozen
+
+
+def reference_of(config: RunConfig, policy: LoadedModel, frozen: LoadedModel | None) -> LoadedModel | None:
+    """What the KL term compares with: the frozen copy, or under an adapter the base itself, with the adapter that the
+    run began with where `model.path` brought one. Made after the engine, which may move the base."""
+    if not config.algorithm.kl_coefficient or frozen is not None:
+        return frozen
+    began_with_adapter = is_adapter_folder(resolve_path(config.model.path))
+    return on_same_base(policy, config.model.path if began_with_adapter else "")
+
+
+def critic_of(config: RunConfig, policy: LoadedModel, device: Any) -> Critic | None:
+    """PPO's value model; its weights come from the checkpoint on resume."""
+    if config.algorithm.name != "ppo":
+        return None
+    rank = config.critic.lora_rank
+    if rank is None:
+        rank = 0 if config.critic.path else adapter_rank(policy.model)
+    if rank:
+        seed = seed_for(config.seed, role=Role.CRITIC, purpose="adapter")
+        return Critic.on_base(policy, rank, targets=config.model.lora_targets, seed=seed)
+    where, dtype = loading_device(config, device), DTYPES[config.model.dtype]
+    critic = Critic(load_model(config.critic.path or config.model.path, dtype=dtype, device=where))
+    return in_pieces(config, critic, device)  # type: ignore[no-any-return]
+
+
+def load_policy_weights(policy: LoadedModel, folder: Path, config: RunConfig) -> None:
+    """Take over the weights, or the adapter, that a checkpoint's model folder holds."""
+    if adapter_rank(policy.model):
+        load_adapter(policy.model, read_adapter(folder))
+        return
+    saved = load_model(folder, dtype=DTYPES[config.model.dtype], device=policy.model.device)
+    policy.model.load_state_dict(saved.model.state_dict())
