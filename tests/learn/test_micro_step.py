@@ -149,7 +149,8 @@ def test_the_smaller_budget_stays(make_groups):
 
 def test_a_budget_that_fits_is_left_alone(make_groups):
     _, stats, updater, _ = update(make_groups(2, 3), holds=10_000)
-    assert updater.timings() == {"update/oom_splits": 0.0} and updater.micro_steps.token_budget is None
+    assert updater.timings() == {"update/oom_splits": 0.0, "score/oom_splits": 0.0}
+    assert updater.micro_steps.token_budget is None
     assert not any("oom" in name for name in stats), "a fact of the machine has no place among resumable metrics"
 
 
@@ -157,7 +158,7 @@ def test_a_budget_that_fits_is_left_alone(make_groups):
 def test_a_single_trajectory_that_does_not_fit_is_one_clear_error(make_groups, where):
     with pytest.raises(MemoryBudgetError) as error:
         update(make_groups(2, 3), holds=5, where=where)
-    for word in ("train.token_budget", "game.max_context_tokens", "tokens does not fit", "Tried to allocate 20.00 MiB"):
+    for word in ("token budget", "game.max_context_tokens", "tokens does not fit", "Tried to allocate 20.00 MiB"):
         assert word in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -188,7 +189,7 @@ def test_activations_of_the_failed_pass_are_gone(make_groups):
 
     gc.disable()
     try:
-        MicroSteps().run(packed, 0, packed.num_sequences, step=step, drop_gradients=lambda: None)
+        MicroSteps().run(packed, 0, packed.num_sequences, token_budget=10_000, step=step, drop_gradients=lambda: None)
     finally:
         gc.enable()
     assert len(alive) > 2 and not any(alive)
@@ -205,7 +206,7 @@ def test_every_sequence_is_in_exactly_one_micro_batch_of_the_pass_that_counts(ma
         return {"tokens": torch.tensor(float(micro.num_tokens))}
 
     steps = MicroSteps()
-    sums = steps.run(packed, 0, packed.num_sequences, step=step, drop_gradients=since.clear)
+    sums = steps.run(packed, 0, packed.num_sequences, token_budget=10_000, step=step, drop_gradients=since.clear)
     assert since[0][0] == 0 and since[-1][1] == packed.num_tokens
     assert all(a[1] == b[0] for a, b in pairwise(since)) and float(sums["tokens"]) == packed.num_tokens
     assert steps.splits <= math.ceil(math.log2(packed.num_tokens / 70)) + 1
@@ -223,11 +224,11 @@ def test_ranks_take_the_smallest_budget_of_any(make_groups, monkeypatch):
         return {}
 
     steps = MicroSteps()
-    steps.run(packed, 0, packed.num_sequences, step=step, drop_gradients=lambda: None)
+    steps.run(packed, 0, packed.num_sequences, token_budget=10_000, step=step, drop_gradients=lambda: None)
     assert steps.token_budget == 50 and max(given) <= 50 and steps.splits == 0
     others["token_budget"] = -(2.0**62)
     fresh = MicroSteps()
-    fresh.run(packed, 0, packed.num_sequences, step=step, drop_gradients=lambda: None)
+    fresh.run(packed, 0, packed.num_sequences, token_budget=10_000, step=step, drop_gradients=lambda: None)
     assert fresh.token_budget is None
 
 
@@ -245,3 +246,32 @@ def test_the_critic_s_update_too(make_groups):
         splits.append(updater.timings()["update/oom_splits"])
     assert splits[0] == 0 < splits[1]
     assert values[1] == pytest.approx(values[0], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("role", ["reference", "critic"])
+def test_scoring_goes_on_in_smaller_micro_batches(make_groups, role):
+    packed = pack(make_groups(3, 4), token_budget=10_000)
+
+    def roles():
+        return Roles(policy=small(), reference=small(), critic=Critic(small()), temperature=1.0)
+
+    def scored(given):
+        return given.values(packed) if role == "critic" else given.logprobs(role, packed)
+
+    ample, tight = roles(), roles()
+    for given in (ample, tight):
+        torch.nn.init.normal_(given.critic.value_head.weight, generator=torch.Generator().manual_seed(0))
+    trunk = tight.critic.trunk if role == "critic" else tight.reference.model.model
+    card = Card(trunk, 70, "forward")
+    torch.testing.assert_close(scored(tight), scored(ample), rtol=1e-5, atol=1e-5)
+    assert card.raised == tight.oom_splits > 0 and ample.oom_splits == 0
+    raised = card.raised
+    scored(tight)
+    assert card.raised == raised, "the smaller budget stays"
+
+
+def test_a_trajectory_too_long_to_be_scored_is_one_clear_error(make_groups):
+    roles = Roles(policy=small(), reference=small(), temperature=1.0)
+    Card(roles.reference.model.model, 5, "forward")
+    with pytest.raises(MemoryBudgetError, match=r"when the reference scores it .*game\.max_context_tokens"):
+        roles.logprobs("reference", pack(make_groups(2, 3), token_budget=10_000))

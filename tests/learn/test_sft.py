@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from zs_fast.config import SftConfig
-from zs_fast.errors import ConfigError, DataError
+from zs_fast.errors import ConfigError, DataError, MemoryBudgetError
 from zs_fast.learn.sft import SftStep, SftValidation, sft_command, train_sft, validation_loss
 from zs_fast.learn.sft_data import Message, SftExample, encode_conversation, read_conversations
 from zs_fast.models.load import load_model, save_model
@@ -262,3 +262,31 @@ def test_without_a_template_the_texts_follow_one_another() -> None:
     got = encode_conversation(conversation, tokenizer, chat_template=True)
     assert list(got.input_ids) == [*tokenizer("s\n\npc")["input_ids"], tokenizer.eos_token_id]
     assert got.loss_mask == (False,) * 4 + (True, True)
+
+
+def test_memory_that_runs_out_splits_the_batch_and_is_paid_for_once() -> None:
+    """Forward passes over more than 8 tokens fail: the losses are those of a run with a budget of 8 tokens."""
+    config = SftConfig(steps=4, batch_size=3, learning_rate=1e-3)
+    expected = train_sft(small(), EXAMPLES, config, seed=0)
+    model, failed = small(), []
+
+    def run_out(module, arguments, options) -> None:  # type: ignore[no-untyped-def]
+        if options["input_ids"].shape[1] > 8:
+            failed.append(options["input_ids"].shape[1])
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.model.register_forward_pre_hook(run_out, with_kwargs=True)
+    losses = train_sft(model, EXAMPLES, config, seed=0)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert 0 < len(failed) <= 2
+
+
+def test_an_example_that_never_fits_is_one_clear_error() -> None:
+    model = small()
+
+    def run_out(module, arguments) -> None:  # type: ignore[no-untyped-def]
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.model.register_forward_pre_hook(run_out)
+    with pytest.raises(MemoryBudgetError, match=r"in fine-tuning .*sft\.max_tokens"):
+        train_sft(model, EXAMPLES, SftConfig(steps=1, batch_size=3), seed=0)

@@ -151,7 +151,12 @@ class CriticUpdater:
             return {"sums": torch.stack([result.loss.detach(), result.value_sum, result.clipped])}
 
         found = self.micro_steps.run(
-            packed, first, last, step=forward_and_backward, drop_gradients=self.optimizer.drop_gradients
+            packed,
+            first,
+            last,
+            token_budget=packed.token_budget,
+            step=forward_and_backward,
+            drop_gradients=self.optimizer.drop_gradients,
         )
         sums = torch.zeros(4, device=packed.inputs.device)
         if found:  # a rank may hold no loss token

@@ -1,4 +1,4 @@
-"""Forward and backward passes of a mini batch that fit into memory, whatever its token budget promised.
+"""Passes over a batch, with gradients or for scores alone, that fit into memory whatever the token budget promised.
 
 A micro batch that runs out of memory may have left the gradients of some weights behind and not those of others. So the
 gradients are dropped and the mini batch starts over with micro batches of half the size: the result is exactly that of
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zs_fast.errors import MemoryBudgetError
-from zs_fast.learn.batch import MicroBatch, PackedBatch
+from zs_fast.learn.batch import MicroBatch, PackedTokens
 from zs_fast.learn.sharding import is_sharded, passes
 from zs_fast.system.distributed import largest, world_size
 
@@ -23,15 +23,25 @@ CUBLAS_FAILURE = "CUBLAS_STATUS_ALLOC_FAILED"
 """What cuBLAS says, in a plain RuntimeError, where its workspace no longer fits."""
 
 
+UPDATE_ADVICE = (
+    "lower game.max_context_tokens, set train.gradient_checkpointing = true, free memory (engine.release_kv = true), "
+    "or train an adapter (model.lora_rank)"
+)
+
+
 class MicroSteps:
-    """Cuts mini batches to what fits; one object per trained model, for the whole run.
+    """Cuts batches to what fits; one object per model and kind of pass, for the whole run.
+
+    `what` and `advice`: the pass, and what helps where a single trajectory is too long for it, in words.
 
     A model in pieces (learn/sharding.py) is an exception: all ranks make its passes together, so one that runs out of
     memory in the middle of a pass can't start over by itself.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self._model = model
+    def __init__(
+        self, model: nn.Module | None = None, *, what: str = "in the update", advice: str = UPDATE_ADVICE
+    ) -> None:
+        self._model, self._what, self._advice = model, what, advice
         self.splits = 0
         """Micro batches that ran out of memory so far, on this rank. A fact of the machine, not of config and seed."""
         self.token_budget: int | None = None
@@ -39,40 +49,46 @@ class MicroSteps:
 
     def run(
         self,
-        packed: PackedBatch,
+        packed: PackedTokens,
         first: int,
         last: int,
         *,
+        token_budget: int,
         step: Callable[[MicroBatch], Mapping[str, Tensor]],
-        drop_gradients: Callable[[], None],
+        drop_gradients: Callable[[], None] | None = None,
     ) -> dict[str, Tensor]:
         """The sums of what `step` returns, over the micro batches of sequences first .. last - 1; no host sync.
 
-        `step` runs forward and backward on a micro batch; `drop_gradients` undoes what it added to gradients since the
-        mini batch began. Raises MemoryBudgetError when a single sequence does not fit, or a pass of a model in pieces.
+        `step` runs the pass on a micro batch of at most `token_budget` tokens; `drop_gradients` undoes what it added to
+        gradients since the mini batch began. A step without gradients may run again on what it had done already.
+        Raises MemoryBudgetError when a single sequence does not fit, or a pass of a model in pieces.
         """
         self._agree()
         while True:
-            failed = self._attempt(packed, first, last, step)
+            failed = self._attempt(packed, first, last, token_budget, step)
             if not isinstance(failed, _Failed):
                 return failed
-            drop_gradients()
+            if drop_gradients is not None:
+                drop_gradients()
             gc.collect()  # an error's traceback and its frames hold the activations, in a cycle
             self.splits += 1
             if failed.num_sequences == 1:
                 raise MemoryBudgetError(
-                    f"A single trajectory of {failed.num_tokens} tokens does not fit into memory in the update "
-                    f"({failed.said}). A smaller train.token_budget does not help, a trajectory is never cut: lower "
-                    "game.max_context_tokens, set train.gradient_checkpointing = true, free memory "
-                    "(engine.release_kv = true), or train an adapter (model.lora_rank)."
+                    f"A single sequence of {failed.num_tokens} tokens does not fit into memory {self._what} "
+                    f"({failed.said}). A smaller token budget does not help, a sequence is never cut: {self._advice}."
                 )
             self.token_budget = (failed.num_tokens + 1) // 2
 
     def _attempt(
-        self, packed: PackedBatch, first: int, last: int, step: Callable[[MicroBatch], Mapping[str, Tensor]]
+        self,
+        packed: PackedTokens,
+        first: int,
+        last: int,
+        token_budget: int,
+        step: Callable[[MicroBatch], Mapping[str, Tensor]],
     ) -> dict[str, Tensor] | _Failed:
         sums: dict[str, Tensor] = {}
-        budget = packed.token_budget if self.token_budget is None else min(self.token_budget, packed.token_budget)
+        budget = token_budget if self.token_budget is None else min(self.token_budget, token_budget)
         for micro in passes(self._model, packed.micro_batches(budget, first, last), packed.inputs.device):
             try:
                 found = step(micro)
@@ -81,9 +97,9 @@ class MicroSteps:
                     raise
                 if is_sharded(self._model):
                     raise MemoryBudgetError(
-                        f"A micro batch of {micro.num_tokens} tokens does not fit into memory in the update, and with "
+                        f"A micro batch of {micro.num_tokens} tokens does not fit into memory {self._what}, and with "
                         "train.sharding = 'fsdp2' no rank can split one by itself. Lower train.token_budget (now "
-                        f"{packed.token_budget}), or set train.gradient_checkpointing = true."
+                        f"{token_budget}), or set train.gradient_checkpointing = true."
                     ) from error
                 return _Failed(micro, str(error))
             for name, value in found.items():

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zs_fast.errors import ConfigError
-from zs_fast.learn.batch import PackedBatch, ScoredBatch
+from zs_fast.learn.batch import MicroBatch, PackedBatch, ScoredBatch
 from zs_fast.learn.critic import Critic
+from zs_fast.learn.micro_step import MicroSteps
 from zs_fast.learn.policy import logprobs_at_loss_tokens
-from zs_fast.learn.sharding import passes, whole
+from zs_fast.learn.sharding import whole
 from zs_fast.models.load import LoadedModel
 from zs_fast.types import Role
+
+SCORE_ADVICE = "lower game.max_context_tokens, or free memory (engine.release_kv = true)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +32,7 @@ class Roles:
     """The value model of PPO."""
     temperature: float
     """The sampling temperature: log-probabilities are those of the distribution that was sampled from."""
+    _passes: dict[Role, MicroSteps] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.temperature <= 0.0:
@@ -48,16 +53,25 @@ class Roles:
         """Does `score` run a forward pass at all?"""
         return self.reference is not None or self.critic is not None
 
+    @property
+    def oom_splits(self) -> int:
+        """Micro batches that ran out of memory while they were scored, on this rank, so far."""
+        return sum(passes.splits for passes in self._passes.values())
+
     def values(self, packed: PackedBatch, *, whole_response: bool = False) -> Tensor:
         """[N] float32 on the policy's device: the critic's values at loss tokens (or from a trajectory's first one on),
         0 elsewhere. No gradient."""
-        if self.critic is None:
+        critic = self.critic
+        if critic is None:
             raise ValueError("this run holds no critic")
         column = torch.zeros(packed.num_tokens, device=self.device)
-        with torch.no_grad():
-            for micro in passes(self.critic, packed.micro_batches(packed.token_budget), self.device):
-                index = micro.response_index() if whole_response else micro.loss_index
-                column[micro.tokens][index] = whole(self.critic, partial(self.critic.values, micro, index))
+
+        def write(micro: MicroBatch) -> dict[str, Tensor]:
+            index = micro.response_index() if whole_response else micro.loss_index
+            column[micro.tokens][index] = whole(critic, partial(critic.values, micro, index))
+            return {}
+
+        self._score(Role.CRITIC, critic, packed, write)
         return column
 
     def logprobs(self, role: Role | str, packed: PackedBatch) -> Tensor:
@@ -66,12 +80,23 @@ class Roles:
         if loaded is None:
             raise ValueError(f"this run holds no model for the role {str(role)!r}")
         column = torch.zeros(packed.num_tokens, device=self.device)
-        with torch.no_grad():
-            for micro in passes(loaded.model, packed.micro_batches(packed.token_budget), self.device):
-                logprobs_of = partial(logprobs_at_loss_tokens, loaded.model, micro, temperature=self.temperature)
-                scored = whole(loaded.model, logprobs_of)
-                column[micro.tokens][micro.loss_index] = scored.logprobs
+
+        def write(micro: MicroBatch) -> dict[str, Tensor]:
+            logprobs_of = partial(logprobs_at_loss_tokens, loaded.model, micro, temperature=self.temperature)
+            column[micro.tokens][micro.loss_index] = whole(loaded.model, logprobs_of).logprobs
+            return {}
+
+        self._score(Role(role), loaded.model, packed, write)
         return column
+
+    @torch.no_grad()
+    def _score(
+        self, role: Role, model: nn.Module, packed: PackedBatch, write: Callable[[MicroBatch], dict[str, Tensor]]
+    ) -> None:
+        """`write` each micro batch, in smaller ones where memory runs out."""
+        if role not in self._passes:
+            self._passes[role] = MicroSteps(model, what=f"when the {role} scores it", advice=SCORE_ADVICE)
+        self._passes[role].run(packed, 0, packed.num_sequences, token_budget=packed.token_budget, step=write)
 
 
 def score(

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zs_fast.config import RunConfig, SftConfig
 from zs_fast.errors import ConfigError, DataError
+from zs_fast.learn.batch import MicroBatch
+from zs_fast.learn.micro_step import MicroSteps
 from zs_fast.learn.optimizer import Optimizer, Schedule
 from zs_fast.learn.pack import TokenSequence, pack_tokens
 from zs_fast.learn.policy import logprobs_at_loss_tokens
@@ -27,6 +30,8 @@ from zs_fast.models.load import DTYPES, LoadedModel, load_model, save_model, wit
 from zs_fast.system.distributed import all_reduce_sums, is_main, rank, world_size
 from zs_fast.system.seeds import seed_for
 from zs_fast.types import Role
+
+ADVICE = "lower sft.max_tokens and set sft.skip_long = true, or train an adapter (model.lora_rank)"
 
 Quality = Callable[[LoadedModel], Mapping[str, float]]
 """Judges the model as it is by whatever counts: `lambda model: {"valid_json_share": ...}`. Every rank calls it."""
@@ -101,11 +106,12 @@ def train_sft(
         max_grad_norm=config.max_grad_norm,
         kind=config.optimizer,
     )
+    micro_steps = MicroSteps(model.model, what="in fine-tuning", advice=ADVICE)
     losses = []
     validate(0)
     for step in range(1, config.steps + 1):
         batch = [usable[next(order)] for _ in range(config.batch_size)]
-        stats = sft_step(model, optimizer, batch, step=step, token_budget=config.token_budget)
+        stats = sft_step(model, optimizer, batch, step=step, token_budget=config.token_budget, micro_steps=micro_steps)
         losses.append(stats.loss)
         if on_step is not None:
             on_step(stats)
@@ -120,31 +126,53 @@ def validation_loss(model: LoadedModel, examples: Sequence[SftExample], *, token
     own = examples[rank() :: world_size()]
     packed = pack_tokens(TokenSequence(ids=example.input_ids, is_loss=example.loss_mask) for example in own)
     packed = packed.to(model.model.device)
-    total = torch.zeros((), dtype=torch.float64, device=model.model.device)
-    for micro in packed.micro_batches(token_budget):
-        total -= logprobs_at_loss_tokens(model.model, micro, temperature=1.0).logprobs.sum(dtype=torch.float64)
-    sums = all_reduce_sums({"loss": float(total), "tokens": packed.num_loss_tokens})
+
+    def score(micro: MicroBatch) -> dict[str, Tensor]:
+        logprobs = logprobs_at_loss_tokens(model.model, micro, temperature=1.0).logprobs
+        return {"loss": -logprobs.sum(dtype=torch.float64)}
+
+    passes = MicroSteps(model.model, what="in validation", advice=ADVICE)
+    found = passes.run(packed, 0, packed.num_sequences, token_budget=token_budget, step=score)
+    sums = all_reduce_sums({"loss": float(found.get("loss", 0.0)), "tokens": packed.num_loss_tokens})
     return sums["loss"] / sums["tokens"]
 
 
 def sft_step(
-    model: LoadedModel, optimizer: Optimizer, batch: Sequence[SftExample], *, step: int, token_budget: int
+    model: LoadedModel,
+    optimizer: Optimizer,
+    batch: Sequence[SftExample],
+    *,
+    step: int,
+    token_budget: int,
+    micro_steps: MicroSteps | None = None,
 ) -> SftStep:
     """One optimizer step on `batch`, in micro batches of at most `token_budget` tokens; one host sync.
 
-    Each rank takes every world_size-th example; the loss is the mean over the loss tokens of all.
+    Each rank takes every world_size-th example; the loss is the mean over the loss tokens of all. `micro_steps` keeps
+    the smaller budget from step to step, once a micro batch did not fit into memory.
     """
     own = batch[rank() :: world_size()]
     packed = pack_tokens(TokenSequence(ids=example.input_ids, is_loss=example.loss_mask) for example in own)
     packed = packed.to(model.model.device)
     counts = all_reduce_sums({"tokens": packed.num_tokens, "loss_tokens": packed.num_loss_tokens})
     learning_rate = optimizer.learning_rate
-    total = torch.zeros((), device=model.model.device)
-    for micro in packed.micro_batches(token_budget):
+
+    def forward_and_backward(micro: MicroBatch) -> dict[str, Tensor]:
         logprobs = logprobs_at_loss_tokens(model.model, micro, temperature=1.0).logprobs
         loss = -logprobs.sum() / counts["loss_tokens"]
         torch.autograd.backward(loss)
-        total += loss.detach()
+        return {"loss": loss.detach()}
+
+    passes = micro_steps or MicroSteps(model.model, what="in fine-tuning", advice=ADVICE)
+    found = passes.run(
+        packed,
+        0,
+        packed.num_sequences,
+        token_budget=token_budget,
+        step=forward_and_backward,
+        drop_gradients=optimizer.drop_gradients,
+    )
+    total = found.get("loss", torch.zeros((), device=model.model.device))
     optimizer.sum_gradients()
     loss_here, grad_norm = torch.stack([total, optimizer.clip_gradients().to(total.device)]).tolist()
     loss_value = all_reduce_sums({"loss": loss_here})["loss"]

@@ -158,9 +158,10 @@ class Updater:
 
         update/oom_splits    micro batches that did not fit into memory, so that smaller ones were taken; they change
                              the gradient's rounding, as another train.token_budget would
+        score/oom_splits     the same where a batch is only scored
         """
         splits = self.micro_steps.splits + (self.critic.micro_steps.splits if self.critic is not None else 0)
-        return {"update/oom_splits": float(splits)}
+        return {"update/oom_splits": float(splits), "score/oom_splits": float(self.roles.oom_splits)}
 
     def state_tensors(self) -> dict[str, Tensor]:
         """AdamW's moments and step counts (and float32 masters of narrower weights), by parameter name; the same of a
@@ -238,7 +239,12 @@ class Updater:
             return sums | {"loss": loss.detach()}
 
         device_sums = self.micro_steps.run(
-            packed, first, last, step=forward_and_backward, drop_gradients=self.optimizer.drop_gradients
+            packed,
+            first,
+            last,
+            token_budget=packed.token_budget,
+            step=forward_and_backward,
+            drop_gradients=self.optimizer.drop_gradients,
         )
         self.optimizer.sum_gradients()
         grad_norm = self.optimizer.clip_gradients()
