@@ -214,13 +214,16 @@ def page(found: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
     ]
     for name, row in tables["algorithms"].items():
         lines.append(_algorithm_row(name, row, start))
-    lines.append(f"\nSpread is largest less smallest; a run has collapsed when it gains less than {COLLAPSED_GAIN}.")
+    minutes = sum(run["seconds"] for table in tables.values() for row in table.values() for run in row["runs"]) / 60
+    lines.append(f"\nAll runs together, those of the ablations included: {minutes:.0f} minutes, {PARALLEL} at a time.")
+    lines.append(f"Spread is largest less smallest; a run has collapsed when it gains less than {COLLAPSED_GAIN}.")
     lines += [f"`{name}`: {row['note']}." for name, row in tables["algorithms"].items() if row["note"]]
     lines.append("")
     for name, row in tables["algorithms"].items():
-        mean = statistics.mean(run["f1"] for run in row["runs"])
-        if mean < GOOD_F1:
-            lines.append(f"**{name}** ends below {GOOD_F1:.2f}: {reasons.get(name, 'no reason found yet')}")
+        low = [run["seed"] for run in row["runs"] if run["f1"] < GOOD_F1]
+        if low:
+            which = ", ".join(f"seed {seed}" for seed in low)
+            lines.append(f"**{name}** ends below {GOOD_F1:.2f} ({which}): {reasons.get(name, 'no reason found yet')}")
     lines.append("\n![Reward by step, mean of the seeds](algorithms.png)\n")
     for title in ABLATIONS:
         lines += _ablation(title, tables[title])
