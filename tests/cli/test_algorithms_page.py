@@ -52,7 +52,7 @@ def test_the_page_names_what_falls_short(finished, tmp_path):
     found = algorithms.collect(finished)
     text = algorithms.page(found, {"gspo": "its clip is narrow."})
     assert "| gspo | 3e-4 | 0.200, 0.200, 0.200 | 0.200 | 0.000 | -0.050 | 3 of 3 | 80 |" in text
-    assert "**gspo** ends below 0.70: its clip is narrow." in text and "**grpo**" not in text
+    assert "**gspo** ends below 0.70 (seed 0, seed 1, seed 2): its clip is narrow." in text and "**grpo**" not in text
     assert "documents masked less documents trained on" in text
     algorithms.picture(found, tmp_path / "page.png")
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
