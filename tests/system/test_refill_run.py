@@ -137,6 +137,27 @@ def test_at_a_learning_rate_of_nothing_early_trajectories_are_the_same_as_late_o
     assert trajectories(tmp_path / "early") == trajectories(tmp_path / "late")
 
 
+@pytest.mark.full
+def test_resampled_batches_take_up_what_was_begun_for_the_next_step(tmp_path):
+    """The batch that was begun ahead may be needed at once, in place of dead groups: no question is lost or doubled."""
+    options = {"algorithm.name": "dapo", "train.steps": 3, "train.eval_every": 0}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(refilled_run(whole, **options))
+    used = [json.loads((whole / "checkpoints" / f"step_{n}" / "trainer.json").read_text()) for n in (1, 2, 3)]
+    batches = [state["batches_played"] for state in used]
+    assert batches[-1] > 3, "an untrained policy has dead groups, so batches were played again"
+    played = [json.loads(line) for line in (whole / "rollouts.jsonl").read_text().splitlines()]
+    for step in (1, 2, 3):
+        samples = [(row["question_id"], row["sample"]) for row in played if row["step"] == step]
+        assert len(set(samples)) == len(samples)
+    shutil.copytree(whole, resumed)
+    for later in (2, 3):
+        shutil.rmtree(resumed / "checkpoints" / f"step_{later}")
+    train(refilled_run(resumed, **options), resume=True)
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
 def test_staleness_needs_something_that_weighs_it(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.max_staleness is 1.*algorithm\.correction = 'token'"):
         refilled_run(tmp_path, **{"algorithm.correction": "none"})
