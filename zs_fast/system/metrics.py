@@ -16,6 +16,7 @@ from zs_fast.system.console import Screen, make_screen
 from zs_fast.system.files import FileOperations
 from zs_fast.system.jsonl import JsonlWriter, cut_back, number, read_rows
 from zs_fast.system.sinks import Sink, make_sinks
+from zs_fast.system.token_text import token_lengths
 from zs_fast.types import Action, Answer, Group, Search, SearchResult, Trajectory, Turn
 
 FILES = ("metrics.jsonl", "timings.jsonl", "rollouts.jsonl")
@@ -175,7 +176,11 @@ def choose_rollouts(groups: Sequence[Group], count: int) -> list[Trajectory]:
 
 
 def rollout_row(step: int, trajectory: Trajectory, decode: Decode) -> dict[str, Any]:
-    """A trajectory as plain JSON, in words: what was asked, written, searched, found and scored."""
+    """A trajectory as plain JSON, in words: what was asked, written, searched, found and scored.
+
+    `token_lengths` of a turn and of its observation say which characters each token wrote (system/token_text.py), for
+    a reader of the loss mask.
+    """
     question = trajectory.question
     return {
         "step": step,
@@ -192,18 +197,22 @@ def rollout_row(step: int, trajectory: Trajectory, decode: Decode) -> dict[str, 
         "stop_reason": str(trajectory.stop_reason),
         "trainable": trajectory.trainable,
         "prompt": decode(trajectory.prompt_ids),
+        "prompt_tokens": len(trajectory.prompt_ids),
         "turns": [_turn_row(turn, decode) for turn in trajectory.turns],
     }
 
 
 def _turn_row(turn: Turn, decode: Decode) -> dict[str, Any]:
+    text = decode(turn.completion.token_ids)
     return {
-        "text": decode(turn.completion.token_ids),
+        "text": text,
         "tokens": len(turn.completion.token_ids),
+        "token_lengths": token_lengths(turn.completion.token_ids, text, decode),
         "finish_reason": str(turn.completion.finish_reason),
         "policy_version": turn.completion.policy_version,
         "action": _action_row(turn.action),
         "observation": turn.observation,
+        "observation_token_lengths": token_lengths(turn.observation_ids, turn.observation, decode),
         "search": None if turn.search is None else _search_row(turn.search),
     }
 
