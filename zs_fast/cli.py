@@ -28,6 +28,12 @@ usage: zs-fast COMMAND ...
   train RECIPE ...   play, score, update: a whole run, into its run folder
   eval RECIPE ...    evaluate a model on the recipe's evaluation questions
   sft RECIPE ...     supervised fine-tuning on examples
+  collect RECIPE ... real searches over training questions, to make a simulator from
+  label RECIPE ...   collected searches -> useful and noisy examples
+  simulator-quality RECIPE ...
+                     what a simulator's documents are worth, with intervals
+  simulator RECIPE ...
+                     all of it: collect, label, sft, simulator-quality
   plan RECIPE ...    memory and time by phase, on --gpu 24GiB (or a card's name), else on this machine; what to change
   report RUN ...     one HTML page of finished or running runs: curves, comparison, rollouts to read
   bench SUBJECT      measure (in a checkout of the repository); subjects: {subjects}
@@ -178,14 +184,37 @@ def _eval(config: RunConfig, switches: set[str]) -> object:
 def _sft(config: RunConfig, switches: set[str]) -> object:
     from contextlib import ExitStack
 
-    from zs_fast.learn.sft import sft_command
     from zs_fast.ranks import hold_run_folder
-    from zs_fast.setup import use_device
+    from zs_fast.simulator.circle import tune
     from zs_fast.train import output_folder
 
     with ExitStack() as stack:
         hold_run_folder(output_folder(config), stack)
-        return sft_command(config, use_device(config))
+        return tune(config)
+
+
+def _collect(config: RunConfig, switches: set[str]) -> object:
+    from zs_fast.simulator.collect import collect
+
+    return collect(config, resume="resume" in switches)
+
+
+def _label(config: RunConfig, switches: set[str]) -> object:
+    from zs_fast.simulator.label import label
+
+    return label(config)
+
+
+def _simulator_quality(config: RunConfig, switches: set[str]) -> object:
+    from zs_fast.simulator.quality import simulator_quality
+
+    return simulator_quality(config)
+
+
+def _simulator(config: RunConfig, switches: set[str]) -> object:
+    from zs_fast.simulator.circle import make_simulator
+
+    return make_simulator(config, resume="resume" in switches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +234,26 @@ RUN_COMMANDS: Mapping[str, RunCommand] = {
         _eval, "Evaluate model.path on eval.data with each of eval.search. Plain switch: --json.", ("json",)
     ),
     "sft": RunCommand(_sft, "Fine-tune model.path on the examples in data. Plain switch: --json.", ("json",)),
+    "collect": RunCommand(
+        _collect,
+        "Play model.path against a real search engine over the training questions in data; keep every search. Plain "
+        "switches: --resume (keep what --output holds), --json.",
+        ("resume", "json"),
+    ),
+    "label": RunCommand(
+        _label,
+        "Label the searches in the folder data of `zs-fast collect` by label.by. Plain switch: --json.",
+        ("json",),
+    ),
+    "simulator-quality": RunCommand(
+        _simulator_quality, "Judge the simulator on the searches of quality.data. Plain switch: --json.", ("json",)
+    ),
+    "simulator": RunCommand(
+        _simulator,
+        "Make a simulator: collect, label, sft, simulator-quality. Plain switches: --resume (skip finished steps), "
+        "--json.",
+        ("resume", "json"),
+    ),
 }
 PLAN_SUMMARY = (
     "Plan the memory and time of a run, without loading anything. --gpu SIZE or NAME (24GiB, h100): for that card; "

@@ -431,6 +431,8 @@ class SftConfig(Section):
     """As `train.optimizer`."""
     steps: Positive = 1000
     """Optimizer steps."""
+    epochs: NonNegative = 0
+    """Passes over the examples, in place of `steps`; 0 leaves it at those."""
     batch_size: Positive = 16
     """Examples per step."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
@@ -468,6 +470,57 @@ class SftConfig(Section):
         return self
 
 
+class CollectConfig(Section):
+    """Real searches to make a simulator from (`zs-fast collect`): the questions of `data`, played against a real search
+    engine, and all that was searched and found with how it ended."""
+
+    play: Literal["policy", "question"] = "policy"
+    """`policy`: model.path plays, as it samples in training. `question`: no model at all, each question is its own one
+    query; for policies that can't search yet."""
+    search: Literal["bm25"] = "bm25"
+    """The real search engine: `bm25` over `simulator.corpus`."""
+    documents: Annotated[int, Field(ge=1, le=100)] = 10
+    """Documents per search. More than `simulator.documents`, so that `label.by = "answer"` has some with and some
+    without an answer to choose from; the policy is shown as many of them as fit game.max_observation_tokens."""
+    questions: NonNegative = 0
+    """First n questions in seeded order; 0 takes all."""
+    samples: Positive = 1
+    """Trajectories per question."""
+
+
+class LabelConfig(Section):
+    """Which of the collected searches are shown as useful and which as noisy (`zs-fast label`)."""
+
+    by: Literal["answer", "outcome", "judge"] = "answer"
+    """`answer`: documents that hold a gold answer first are useful, those that hold none are noisy; `outcome`: a
+    trajectory that ended correctly makes its searches useful, another one noisy; `judge`: a language model says of each
+    search whether its documents suffice to answer the query."""
+    correct_f1: Probability = 0.8
+    """`outcome`: least F1 of a correct trajectory."""
+    judge: Literal["model", "openai"] = "model"
+    """`judge`: a model in this process, or the server that section `simulator` names (url, remote_model, ...)."""
+    judge_path: str = ""
+    """`judge` = `model`: its path, in the same forms as `model.path`; empty takes `model.path` itself."""
+    document_words: NonNegative = 30
+    """Passages are cut to snippets of at most this many words, whole sentences where they fit; 0 keeps them whole."""
+    validation_fraction: Decay = 0.2
+    """Share of the questions, drawn from the seed, whose searches are held out."""
+
+
+class QualityConfig(Section):
+    """What a simulator's documents are like (`zs-fast simulator-quality`)."""
+
+    data: str = ""
+    """Searches to repeat, with what they really found: the `validation_searches.jsonl` of `zs-fast label`."""
+    questions: NonNegative = 100
+    """First n questions in seeded order, one search each; 0 takes all."""
+    reader: str = ""
+    """The policy that reads each result and answers, greedily: the same forms as `model.path`, which empty
+    stands for; `none` leaves it out."""
+    during_training: NonNegative = 0
+    """`zs-fast sft`: searches that are repeated at each validation (sft.validate_every), without the reader."""
+
+
 class RunConfig(Section):
     """One run. A recipe file holds any part of it; what it leaves out has the defaults below."""
 
@@ -493,6 +546,9 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     log: LogConfig = LogConfig()
     sft: SftConfig = SftConfig()
+    collect: CollectConfig = CollectConfig()
+    label: LabelConfig = LabelConfig()
+    quality: QualityConfig = QualityConfig()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

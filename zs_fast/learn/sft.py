@@ -237,18 +237,19 @@ def sft_command(config: RunConfig, device: torch.device, *, quality: Quality | N
         raise DataError(f"data is {config.data!r}, which holds questions, not examples. Give --data FILE.jsonl.")
     model, examples, validation = _model_and_examples(config, device)
     skipped = sum(len(example.input_ids) > config.sft.max_tokens for example in examples) if config.sft.skip_long else 0
+    settings = _with_steps(config.sft, len(examples) - skipped)
     if skipped and is_main():
         print(f"left out {skipped} of {len(examples)} examples longer than sft.max_tokens = {config.sft.max_tokens}")
     output.mkdir(parents=True, exist_ok=True)
-    every = max(1, config.sft.steps // 20)
+    every = max(1, settings.steps // 20)
     path = output / "metrics.jsonl" if is_main() else Path(os.devnull)
     seen: list[SftValidation] = []
     with path.open("w", encoding="utf-8") as metrics:
 
         def on_step(step: SftStep) -> None:
             metrics.write(_row(asdict(step)))
-            if is_main() and (step.step % every == 0 or step.step in (1, config.sft.steps)):
-                print(f"step {step.step}/{config.sft.steps}  loss {step.loss:.4f}", flush=True)
+            if is_main() and (step.step % every == 0 or step.step in (1, settings.steps)):
+                print(f"step {step.step}/{settings.steps}  loss {step.loss:.4f}", flush=True)
 
         def on_validation(found: SftValidation) -> None:
             seen.append(found)
@@ -263,7 +264,7 @@ def sft_command(config: RunConfig, device: torch.device, *, quality: Quality | N
             losses = train_sft(
                 model,
                 examples,
-                config.sft,
+                settings,
                 seed=config.seed,
                 on_step=on_step,
                 validation=validation,
@@ -283,6 +284,13 @@ def sft_command(config: RunConfig, device: torch.device, *, quality: Quality | N
         "first_loss": losses[0],
         "last_loss": losses[-1],
     } | results
+
+
+def _with_steps(config: SftConfig, num_examples: int) -> SftConfig:
+    """With `epochs`, as many steps as they take; the last one may reach into the next epoch."""
+    if not config.epochs:
+        return config
+    return config.model_copy(update={"steps": max(1, math.ceil(config.epochs * num_examples / config.batch_size))})
 
 
 def _row(numbers: Mapping[str, float]) -> str:
