@@ -213,6 +213,9 @@ class AlgorithmConfig(Section):
     """PPO: discount of what comes a token later."""
     gae_lambda: Probability = 1.0
     """PPO: 1 trusts the rewards to the end, 0 the critic's next value."""
+    critic_gae_lambda: Probability | None = None
+    """PPO: the same for the returns that the critic learns; left out: gae_lambda. Both at once is decoupled GAE
+    (arXiv:2503.01491)."""
     overlong_limit: NonNegative = 0
     """Tokens a trajectory may write before its reward falls; 0: no such penalty."""
     overlong_buffer: Positive = 1
@@ -300,6 +303,8 @@ class CriticConfig(Section):
     """Peak learning rate of its AdamW; it falls as the policy's does."""
     warmup_steps: NonNegative = 0
     """Linear warm-up of the learning rate, in optimizer steps."""
+    final_learning_rate_fraction: Probability | None = None
+    """As that of `train`, for the critic's; left out: the same."""
     epochs: Positive | None = None
     """Its passes over a rollout batch, which may be more than the policy's; left out: train.epochs."""
     value_clip: Annotated[float, Field(gt=0)] = 0.5

@@ -198,5 +198,10 @@ def test_ppo_against_a_critic_by_hand(make_trajectory, make_group) -> None:  # t
     mean, spread = (first + last) / 2, abs(first - last) / 2**0.5
     got = batch.advantages[packed.loss_index].tolist()
     assert got == pytest.approx([(first - mean) / spread, (last - mean) / spread], rel=1e-4)
+    decoupled = credit(
+        scored, AlgorithmConfig(name="ppo", kl_coefficient=0.0, gamma=0.9, gae_lambda=0.8, critic_gae_lambda=1.0)
+    )
+    assert torch.equal(decoupled.advantages, batch.advantages), "the policy's own lambda is the policy's alone"
+    assert decoupled.returns[packed.loss_index].tolist() == pytest.approx([0.9, 1.0])
     with pytest.raises(ValueError, match=r"roles\.critic"):
         credit(replace(scored, old_values=None), AlgorithmConfig(name="ppo", kl_coefficient=0.0))

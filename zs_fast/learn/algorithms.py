@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -97,9 +98,10 @@ def ppo(scored: ScoredBatch, penalty: Tensor, config: AlgorithmConfig) -> Credit
         raise ValueError("algorithm.name = 'ppo' takes the critic's values; score(...) the batch with roles.critic")
     batch = scored.packed
     tokens = batch.response_mask() if config.legacy == "zerosearch" else batch.loss_mask
-    advantages, returns = _estimate(
-        batch, penalty, scored.old_values, gamma=config.gamma, lam=config.gae_lambda, mask=tokens
-    )
+    estimate = partial(_estimate, batch, penalty, scored.old_values, gamma=config.gamma, mask=tokens)
+    advantages, returns = estimate(lam=config.gae_lambda)
+    if config.critic_gae_lambda is not None:
+        _, returns = estimate(lam=config.critic_gae_lambda)
     whitened = _whitened(batch, advantages, tokens)
     return Credit(advantages=whitened, returns=returns, dead_groups=_untrainable_groups(batch))
 

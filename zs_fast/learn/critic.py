@@ -87,7 +87,11 @@ class CriticUpdater:
             peak=config.learning_rate,
             warmup_steps=config.warmup_steps,
             total_steps=total_steps * train.mini_batches * self.epochs,
-            final_fraction=train.final_learning_rate_fraction,
+            final_fraction=(
+                train.final_learning_rate_fraction
+                if config.final_learning_rate_fraction is None
+                else config.final_learning_rate_fraction
+            ),
         )
         self.optimizer = Optimizer(
             critic,
