@@ -14,9 +14,10 @@ from zs_fast.search.codec import Codec
 from zs_fast.simulator import circle
 from zs_fast.simulator.circle import make_simulator
 from zs_fast.simulator.quality import chosen_searches, simulate, simulator_quality
+from zs_fast.simulator.reader import read
 from zs_fast.simulator.records import LabelledSearch
-from zs_fast.testing import ScriptedEngine, byte_tokenizer
-from zs_fast.types import Question, Role, SearchMode
+from zs_fast.testing import ScriptedEngine, byte_tokenizer, tiny_model
+from zs_fast.types import Question, Role, SearchMode, SearchResult
 
 SMALL = {
     "collect.questions": ["40"],
@@ -126,6 +127,41 @@ def test_one_search_per_question_in_an_order_of_the_seed(made: Path) -> None:
     chosen = chosen_searches(config)
     assert len({one.question.id for one in chosen}) == 3 and chosen == chosen_searches(config)
     assert chosen != chosen_searches(recipe(made, seed="5", **data))
+
+
+def test_a_reader_is_scored_on_what_it_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    codec = Codec(model.tokenizer, chat_template=True)
+    engines: list[ScriptedEngine] = []
+
+    def script(ids: list[int]) -> str:
+        prompt = codec.decode(ids)
+        found = prompt.rpartition("Doc 1: ")[2].partition("</information>")[0]
+        return "<search> again </search>" if found == "nothing" else f"<think> x </think><answer> {found} </answer>"
+
+    def engine(*_: object, **__: object) -> ScriptedEngine:
+        engines.append(ScriptedEngine({Role.POLICY: script}, codec, steps_needed=lambda number: 9 - number))
+        return engines[-1]
+
+    monkeypatch.setattr("zs_fast.simulator.reader.TransformersEngine", engine)
+    found = {
+        SearchMode.USEFUL: ["thing 0", "a thing", ""],  # the third search failed
+        SearchMode.NOISY: ["nothing", "thing 1", "thing 2"],
+    }
+    results = {
+        mode: [
+            SearchResult(request=search(n).request(), documents=(text,) if text else (), mode=mode)
+            for n, text in enumerate(texts)
+        ]
+        for mode, texts in found.items()
+    }
+    assert read(model, results, recipe(tmp_path, **{"game.max_new_tokens": "200"})) == {
+        SearchMode.USEFUL: [1.0, pytest.approx(2 / 3), 0.0],
+        SearchMode.NOISY: [0.0, 1.0, 1.0],
+    }
+    prompt = codec.decode(engines[0].requests[0][2])
+    assert "Question: what is 0?" in prompt and "<search> q0 </search>" in prompt
+    assert engines[0].requests[0][3].temperature == 0.0
 
 
 def test_quality_says_what_is_missing(tmp_path: Path) -> None:
