@@ -43,7 +43,7 @@ RECIPE is a name ({recipes}) or a path to a .toml file; several merge left to ri
 `zs-fast train --help` lists every field of a recipe; each is a flag, as in --train.steps 20.
 Common: --output DIR, --data FILE, --seed N, --resume, --json (the last stdout line is one JSON document).
 """
-SUBJECTS = ("ops", "train_step", "rollout", "plan")
+SUBJECTS = ("ops", "train_step", "rollout", "plan", "compare")
 SPEAKING_TIME_S = 60.0
 """Longest time that the process which reports an error gets to close its files and do so."""
 MISSING_EXTRA = "zs-fast {command} needs the package {package}, which is not installed: pip install 'zs-fast[train]'"
@@ -373,7 +373,7 @@ def _bench(words: list[str]) -> int:
     summary = run_subject([word for word in words if word not in (subject, "--json")])
     if "--json" in words:
         print(_as_json(summary))
-    return 0
+    return int(bool(summary.get("regressions")))
 
 
 def _only_switches(command: str, words: Sequence[str], known: Sequence[str]) -> None:
