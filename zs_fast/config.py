@@ -55,10 +55,10 @@ class ModelConfig(Section):
 class SimulatorConfig(Section):
     """Who answers the searches in training, and how it is asked."""
 
-    kind: Literal["model", "policy", "openai", "bm25"] = "model"
+    kind: Literal["model", "policy", "openai", "bm25", "retriever"] = "model"
     """`model`: its own model; `policy`: the policy's untrained base, prompted (`model.path`; for `zs-fast eval` of a
     checkpoint, the model its run began with; for a policy with an adapter, the base without it); `openai`: a remote
-    server; `bm25`: real search in `corpus`."""
+    server; `bm25`: real search in `corpus`; `retriever`: real search by the server of section `retriever`."""
     adapter: str = ""
     """Peft folder of an adapter on the policy's base, through which a simulator of kind `policy` speaks; needs a policy
     with an adapter (`model.lora_rank`), whose base stays as it is."""
@@ -91,6 +91,49 @@ class SimulatorConfig(Section):
     """Passages for kind `bm25`: jsonl(.gz) with id, title, text (or contents), or `quickstart:world`."""
     max_failed_share: Probability = 0.1
     """A step stops the run when more than this share of its searches failed."""
+
+
+class Bm25Config(Section):
+    """Real search in process, over `simulator.corpus`."""
+
+    analysis: Literal["words", "english"] = "words"
+    """`words`: every word as it stands, in lower case; `english`: without stop words, cut to stems, those of the title
+    counted beside the text's."""
+    k1: Annotated[float, Field(ge=0.0)] = 1.5
+    """How much a word's repetition in a passage counts; 0 counts it once."""
+    b: Probability = 0.75
+    """How much the length of a passage counts against it."""
+
+
+class RetrieverConfig(Section):
+    """A real search engine behind HTTP, for `simulator.kind = "retriever"` and `eval.search = ["retriever"]`.
+
+    Only queries are sent to it, never a question's answers. `simulator.documents` says how many documents a search has,
+    and `simulator.max_failed_share` how many searches may fail.
+    """
+
+    kind: Literal["search_r1", "zerosearch_wiki", "serpapi"] = "search_r1"
+    """`search_r1`: the /retrieve protocol of Search-R1 and verl, which `zs-fast retriever` serves too;
+    `zerosearch_wiki`: ZeroSearch's wiki server; `serpapi`: Google through SerpAPI, paid per search."""
+    url: str = ""
+    """The server's address; empty is the usual one of its kind: http://127.0.0.1:8000/retrieve,
+    http://127.0.0.1:6002/retrieve or https://serpapi.com/search."""
+    api_key_env: str = ""
+    """Environment variable that holds the server's key; empty sends none (kind `serpapi`: SER_API_KEY). Never put a key
+    into a recipe."""
+    timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """Longest wait for one reply, in seconds."""
+    max_retries: Annotated[int, Field(ge=0, le=20)] = 4
+    """Retries per request on 408, 409, 429, 5xx and transport errors, with growing waits."""
+    max_in_flight: Positive = 16
+    """Most requests on the way at once."""
+    batch_size: Positive = 32
+    """Most queries in one request (kind `search_r1`; the others take one)."""
+    requests_per_second: Annotated[float, Field(ge=0.0)] = 0.0
+    """Most requests sent per second, over all processes of a run; 0 sets no limit."""
+    cache: str = ""
+    """File that keeps the documents of each query, so that none is asked or paid twice; empty keeps none. Several runs
+    may share it at once, on a local disk."""
 
 
 class GameConfig(Section):
@@ -388,8 +431,9 @@ class EvalConfig(Section):
     """First n questions in seeded order; 0 takes all."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
     """0 is greedy."""
-    search: tuple[Literal["simulator", "bm25", "none"], ...] = ("simulator",)
-    """Who answers the searches; one evaluation each. `simulator` is the training simulator in useful mode."""
+    search: tuple[Literal["simulator", "bm25", "retriever", "none"], ...] = ("simulator",)
+    """Who answers the searches; one evaluation each. `simulator` is the training simulator in useful mode, `bm25` and
+    `retriever` are real search, `none` finds nothing."""
     at_start: bool = True
     """Evaluate before the first step too."""
 
@@ -541,6 +585,8 @@ class RunConfig(Section):
     """Training questions: parquet, jsonl(.gz), a folder or id of Hugging Face datasets, or `quickstart:train`."""
     model: ModelConfig = ModelConfig()
     simulator: SimulatorConfig = SimulatorConfig()
+    bm25: Bm25Config = Bm25Config()
+    retriever: RetrieverConfig = RetrieverConfig()
     game: GameConfig = GameConfig()
     sampling: SamplingConfig = SamplingConfig()
     curriculum: CurriculumConfig = CurriculumConfig()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -32,8 +32,10 @@ from zs_fast.rollout.openai_engine import OpenAIEngine
 from zs_fast.rollout.play import Player
 from zs_fast.rollout.transformers_engine import TransformersEngine
 from zs_fast.search.backends import SearchBackend
-from zs_fast.search.backends.bm25 import Bm25Search, load_passages
+from zs_fast.search.backends.bm25 import Bm25Index, Bm25Search
 from zs_fast.search.backends.closed_book import ClosedBook
+from zs_fast.search.backends.passages import read_corpus
+from zs_fast.search.backends.remote import DIALECTS, RemoteSearch
 from zs_fast.search.codec import ByteCodec, Codec
 from zs_fast.search.simulator import SimulatedSearch
 from zs_fast.system.distributed import local_rank, world_size
@@ -41,7 +43,7 @@ from zs_fast.system.memory import return_freed_memory, wake_kv_cache
 from zs_fast.system.seeds import seed_for
 from zs_fast.types import Role
 
-EVALUATION_NAMES = {"simulator": "simulator", "bm25": "bm25", "none": "closed_book"}
+EVALUATION_NAMES = {"simulator": "simulator", "bm25": "bm25", "retriever": "retriever", "none": "closed_book"}
 """`eval.search` -> the evaluation's name in metrics and summary."""
 
 
@@ -53,8 +55,9 @@ class Arena:
     codec: Codec
     training_player: Player
     evaluation_players: dict[str, Player] = field(default_factory=dict)
-    """By name: `simulator`, `bm25`, `closed_book`."""
+    """By name: `simulator`, `bm25`, `retriever`, `closed_book`."""
     remote: OpenAIEngine | None = None
+    retriever: RemoteSearch | None = None
     copy_policy: Callable[[], int] | None = None
     """Writes the trained policy into an engine that has weights of its own; None where they are one."""
     choices: tuple[str, ...] = ()
@@ -64,6 +67,52 @@ class Arena:
         self.engine.close()
         if self.remote is not None:
             self.remote.close()
+        if self.retriever is not None:
+            self.retriever.close()
+
+
+@dataclass(kw_only=True)
+class SearchEngines:
+    """The search backends of a run, each made when it is first asked for. Players that share one take turns."""
+
+    config: RunConfig
+    engine: LocalEngine
+    remote: OpenAIEngine | None
+    models: dict[Role, LoadedModel]
+    retriever: RemoteSearch | None = None
+    """The remote one, once a player uses it."""
+
+    def backend(self, name: str) -> SearchBackend:
+        """Who answers the searches of a player: `simulator` as `simulator.kind` has it, or one of `eval.search`."""
+        kind = self.config.simulator.kind if name == "simulator" else name
+        if kind == "none":
+            return ClosedBook()
+        if kind == "bm25":
+            passages, index = self._bm25
+            return Bm25Search(passages, documents=self.config.simulator.documents, index=index)
+        if kind == "retriever":
+            documents, processes = self.config.simulator.documents, world_size()
+            if self.retriever is None:
+                self.retriever = RemoteSearch(self.config.retriever, documents=documents, processes=processes)
+            return self.retriever
+        return self._simulated()
+
+    @cached_property
+    def _bm25(self) -> tuple[list[str], Bm25Index]:
+        passages = read_corpus(self.config.simulator.corpus)
+        return [passage.document for passage in passages], Bm25Index.over(passages, self.config.bm25)
+
+    def _simulated(self) -> SimulatedSearch:
+        speaker: Codec | ByteCodec = ByteCodec()
+        if self.remote is None:
+            speaker = Codec(self.models[Role.SIMULATOR].tokenizer, chat_template=True)
+        return SimulatedSearch(
+            self.remote or self.engine,
+            speaker,
+            self.config.simulator,
+            run_seed=self.config.seed,
+            max_query_characters=self.config.game.max_query_characters,
+        )
 
 
 def use_device(config: RunConfig) -> torch.device:
@@ -140,7 +189,13 @@ def simulator_name(config: RunConfig, *, training: bool, policy: LoadedModel | N
     """
     simulator = config.simulator
     if simulator.kind != "policy":
-        return {"model": simulator.path, "openai": simulator.url, "bm25": f"bm25 in {simulator.corpus}"}[simulator.kind]
+        retriever = config.retriever
+        return {
+            "model": simulator.path,
+            "openai": simulator.url,
+            "bm25": f"bm25 in {simulator.corpus}",
+            "retriever": f"{retriever.kind} at {retriever.url or DIALECTS[retriever.kind].default_url}",
+        }[simulator.kind]
     if policy is not None and adapter_rank(policy.model):
         return simulator.adapter or policy.base
     state = Path(config.model.path).expanduser().absolute().parent / "trainer.json"
@@ -176,15 +231,16 @@ def build_arena(
     remote = None
     if "simulator" in used and config.simulator.kind == "openai":
         remote = OpenAIEngine(config.simulator)
-    elif "simulator" in used and config.simulator.kind != "bm25":
+    elif "simulator" in used and config.simulator.kind not in ("bm25", "retriever"):
         models[Role.SIMULATOR] = _simulator_model(config, policy, base, device, training=training)
     engine = _engine(config, models, device)
     codec = Codec(policy.tokenizer, chat_template=config.model.chat_template)
+    searches = SearchEngines(config=config, engine=engine, remote=remote, models=models)
 
     def player(search: str, sampling: SamplingConfig, group_size: int) -> Player:
         return Player(
             engine,
-            _search_backend(search, config, engine, remote, models),
+            searches.backend(search),
             codec,
             game=config.game,
             sampling=sampling,
@@ -202,6 +258,7 @@ def build_arena(
         training_player=player("simulator" if training else "none", config.sampling, config.train.group_size),
         evaluation_players={EVALUATION_NAMES[name]: player(name, greedy, 1) for name in names},
         remote=remote,
+        retriever=searches.retriever,
         copy_policy=partial(engine.copy_weights, Role.POLICY) if engine.copies(Role.POLICY) else None,
         choices=tuple(engine.choices()),
     )
@@ -254,28 +311,3 @@ def _engine(config: RunConfig, models: dict[Role, LoadedModel], device: torch.de
     )
     return_freed_memory()  # of models that were loaded here and moved into vLLM's memory
     return engine
-
-
-def _search_backend(
-    name: str,
-    config: RunConfig,
-    engine: LocalEngine,
-    remote: OpenAIEngine | None,
-    models: dict[Role, LoadedModel],
-) -> SearchBackend:
-    simulator = config.simulator
-    if name == "none":
-        return ClosedBook()
-    if name == "bm25" or simulator.kind == "bm25":
-        return Bm25Search(load_passages(simulator.corpus), documents=simulator.documents)
-    if remote is not None:
-        speaker: Codec | ByteCodec = ByteCodec()
-    else:
-        speaker = Codec(models[Role.SIMULATOR].tokenizer, chat_template=True)
-    return SimulatedSearch(
-        remote or engine,
-        speaker,
-        simulator,
-        run_seed=config.seed,
-        max_query_characters=config.game.max_query_characters,
-    )

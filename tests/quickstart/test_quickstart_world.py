@@ -12,7 +12,8 @@ from zs_fast.quickstart import build_world
 from zs_fast.quickstart.demonstrations import BEHAVIOURS, labelled_search, policy_demonstration
 from zs_fast.quickstart.tokenizer import CHAT_TEMPLATE, build_tokenizer
 from zs_fast.quickstart.world import name_pool
-from zs_fast.search.backends.bm25 import Bm25Search, load_passages
+from zs_fast.search.backends.bm25 import Bm25Search
+from zs_fast.search.backends.passages import load_passages
 from zs_fast.search.codec import Codec
 from zs_fast.search.data import load_questions
 from zs_fast.search.environment import Episode

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import random
 from pathlib import Path
 
 import pytest
 
+from zs_fast.config import Bm25Config
 from zs_fast.errors import DataError
-from zs_fast.search.backends.bm25 import Bm25Search, load_passages
+from zs_fast.search.backends.bm25 import Bm25Index, Bm25Search
 from zs_fast.search.backends.closed_book import ClosedBook
+from zs_fast.search.backends.passages import Passage, load_passages, split_contents
 from zs_fast.types import Question, SearchMode, SearchRequest
 
 QUESTION = Question(id="q", text="who wrote emma?", answers=("Jane Austen",), source="s")
@@ -94,3 +97,35 @@ def test_a_closed_book_answers_with_nothing_and_is_no_failure() -> None:
     search.submit(request("emma"))
     (result,) = search.poll()
     assert result.documents == () and not result.failed and not result.contains_answer
+
+
+def test_an_index_of_english_words_knows_stems_and_counts_titles() -> None:
+    passages = [
+        Passage(id="1", title="", text="Painters who were painting the sea"),
+        Passage(id="2", title="Sea", text="Sea is wet"),
+        Passage(id="3", title="Emma", text="a novel"),
+    ]
+    english = Bm25Index.over(passages, Bm25Config(analysis="english"))
+    assert [position for position, _ in english.search(["the painted"], 1)[0]] == [0]
+    assert [position for position, _ in english.search(["sea"], 1)[0]] == [1]
+    assert english.search(["is the"], 2) == [[(0, 0.0), (1, 0.0)]], "stop words alone match nothing"
+    words = Bm25Index.over(passages, Bm25Config())
+    assert words.search(["painted"], 1)[0][0][1] == 0.0
+
+
+def test_the_top_is_that_of_a_full_stable_sort() -> None:
+    draws = random.Random(0)
+    texts = [" ".join(draws.choices(["aa", "bb", "cc", "dd"], k=draws.randrange(1, 6))) for _ in range(200)]
+    index = Bm25Index(texts)
+    queries = [" ".join(draws.choices(["aa", "bb", "cc", "zz"], k=3)) for _ in range(50)]
+    for query, found in zip(queries, index.search(queries, 7), strict=True):
+        scores = index._index.get_scores(query.split())
+        assert [position for position, _ in found] == list((-scores).argsort(kind="stable")[:7])
+        assert [score for _, score in found] == sorted((float(score) for score in scores), reverse=True)[:7]
+    assert index.search([], 7) == []
+
+
+def test_contents_and_documents_are_two_forms_of_a_passage() -> None:
+    passage = Passage(id="1", title="Emma", text="a novel")
+    assert passage.contents == '"Emma"\na novel' and split_contents(passage.contents) == ("Emma", "a novel")
+    assert split_contents("no title") == ("", "no title") and Passage(id="", title="", text="x").document == "x"

@@ -17,10 +17,10 @@ from zs_fast.errors import EngineError
 from zs_fast.search.documents import parse_documents
 from zs_fast.search.prompts import simulator_prompt
 from zs_fast.search.reward import contains_answer
+from zs_fast.search.untrusted import one_line
 from zs_fast.system.seeds import seed_for, uniform
 from zs_fast.types import Completion, FinishReason, Role, Sampling, SearchMode, SearchRequest, SearchResult
 
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _CONTROL_TOKEN = re.compile(r"<(?=[/|!]?[a-z_]|\|)|\[(?=/?(?:INST|SYSTEM|TOOL|AVAILABLE)\w*\])", re.IGNORECASE)
 
 
@@ -201,8 +201,7 @@ def clean_query(query: str, max_characters: int) -> str:
     line of the prompt. A space is put into anything that looks like a control token or a tag (`<|im_end|>`, `</s>`,
     `[INST]`): a local codec can't be injected anyway, but a remote server tokenises the text itself.
     """
-    one_line = " ".join(_UNPRINTABLE.sub(" ", query).split())
-    return _CONTROL_TOKEN.sub(lambda match: match[0] + " ", one_line)[:max_characters].strip()
+    return _CONTROL_TOKEN.sub(lambda match: match[0] + " ", one_line(query))[:max_characters].strip()
 
 
 def _shared(result: SearchResult, request: SearchRequest) -> SearchResult:

@@ -21,7 +21,15 @@ _PROTOCOL_TAG = re.compile(r"<(?=[\s/]*+(?:think|search|information|answer)\b)",
 
 _TAG_LEFT_BY_A_CUT = re.compile(r"<[\s/]*+(?:think|search|information|answer)\Z", re.IGNORECASE)
 
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+
 _Tree = dict[str, "_Tree"]
+
+
+def one_line(text: str) -> str:
+    """The text as one line: control, bidirectional and zero-width characters, lone surrogates and line breaks become
+    spaces, and runs of them one."""
+    return " ".join(_UNPRINTABLE.sub(" ", text).split())
 
 
 def clean_document(text: str, reserved_strings: Iterable[str]) -> str:

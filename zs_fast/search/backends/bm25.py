@@ -2,79 +2,76 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import os
-import zlib
 from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
+from typing import Any
 
 import bm25s
+import numpy
 
-from zs_fast.errors import DataError
+from zs_fast.config import Bm25Config
+from zs_fast.errors import PreflightError
+from zs_fast.search.backends.passages import Passage
 from zs_fast.search.reward import contains_answer
 from zs_fast.types import Completion, SearchMode, SearchRequest, SearchResult
 
 
-def load_passages(spec: str) -> list[str]:
-    """The passages of a jsonl(.gz) file, as `title: text`, or of `quickstart:world`.
+class Bm25Index:
+    """Texts that can be searched by words: Lucene's BM25, exact and deterministic.
 
-    A row has `text` and maybe `title`, or Search-R1's `contents` (`"Title"\\nText`). Raises DataError naming file, line
-    and field.
+    Words are runs of two or more letters and digits in lower case; with `analysis = "english"` stop words are left out
+    and the others cut to their stems. Ties go to the earlier text.
     """
-    if spec == "quickstart:world":
-        path = Path(str(resources.files("zs_fast.quickstart") / "world" / "passages.jsonl"))
-    else:
-        path = Path(os.path.expanduser(spec))
-    if not os.path.isfile(path):
-        raise DataError(f"corpus file {path} does not exist. Give a jsonl or jsonl.gz file, or quickstart:world.")
-    passages: list[str] = []
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    passages.append(_passage(line, f"{path}, line {number}"))
-    except (UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
-        raise DataError(f"corpus file {path} can't be read as UTF-8 jsonl(.gz): {error}") from error
-    if not passages:
-        raise DataError(f"corpus file {path} holds no passages.")
-    return passages
 
+    @classmethod
+    def over(cls, passages: Sequence[Passage], settings: Bm25Config) -> Bm25Index:
+        """An index of passages. With `analysis = "english"` the words of a title count beside those of the text, even
+        where the text opens with its title: a passage's subject is what most questions name."""
+        if settings.analysis == "english":
+            return cls([f"{passage.title} {passage.text}" for passage in passages], settings)
+        return cls([passage.document for passage in passages], settings)
 
-def _passage(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not a JSON object ({error.msg}): {line[:80]!r}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}: {line[:80]!r}")
-    if isinstance(row.get("contents"), str):
-        title, _, text = row["contents"].partition("\n")
-        title = title.strip().strip('"')
-    elif isinstance(row.get("text"), str):
-        title, text = row.get("title") or "", row["text"]
-        if not isinstance(title, str):
-            raise DataError(f"{where}: field 'title' must be a string, got {type(title).__name__}")
-    else:
-        raise DataError(f"{where}: field 'text' (or 'contents') is missing or not a string: {line[:80]!r}")
-    # A passage that opens with its own title needs no second one.
-    return text if not title or text.startswith(title) else f"{title}: {text}"
+    def __init__(self, texts: Sequence[str], settings: Bm25Config | None = None) -> None:
+        settings = settings or Bm25Config()
+        self._analysis: dict[str, Any] = {"stopwords": None}
+        if settings.analysis == "english":
+            self._analysis = {"stopwords": "en", "stemmer": _english_stemmer()}
+        self._num_texts = len(texts)
+        tokens = bm25s.tokenize(list(texts), show_progress=False, **self._analysis)
+        self._index = bm25s.BM25(k1=settings.k1, b=settings.b)
+        self._index.index(tokens, show_progress=False)
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[tuple[int, float]]]:
+        """For each query the positions and scores of the `k` best texts, fewer where there are fewer texts.
+
+        A query without words that count gets the first texts, with score 0.
+        """
+        if not queries:
+            return []
+        k = min(k, self._num_texts)
+        asked = bm25s.tokenize(list(queries), show_progress=False, return_ids=False, **self._analysis)
+        return [self._best(tokens, k) for tokens in asked]
+
+    def _best(self, tokens: list[str], k: int) -> list[tuple[int, float]]:
+        if not tokens:
+            return [(position, 0.0) for position in range(k)]
+        scores = self._index.get_scores(tokens)
+        # Sorting what reaches the k-th best score is exact, and much less than sorting all.
+        threshold = numpy.partition(scores, -k)[-k]
+        positions = numpy.flatnonzero(scores >= threshold)
+        ranked = positions[(-scores[positions]).argsort(kind="stable")[:k]]
+        return [(int(position), float(scores[position])) for position in ranked]
 
 
 class Bm25Search:
-    """A search backend over passages: every query is answered at the next `poll`.
+    """A search backend over the documents of a `Bm25Index`: every query is answered at the next `poll`.
 
-    Scores are Lucene's BM25 (k1 1.5, b 0.75) over lower-cased words. The index is exact and deterministic; ties go to
-    the earlier passage.
+    `passages` are what is shown, in the order of the index. Several backends may share one index.
     """
 
-    def __init__(self, passages: Sequence[str], *, documents: int) -> None:
-        self._passages = list(passages)
-        self._documents = min(documents, len(self._passages))
-        self._index = bm25s.BM25()
-        self._index.index(bm25s.tokenize(self._passages, stopwords=None, show_progress=False), show_progress=False)
+    def __init__(self, passages: Sequence[str], *, documents: int, index: Bm25Index | None = None) -> None:
+        self._passages = passages
+        self._documents = documents
+        self._index = index or Bm25Index(passages)
         self._waiting: list[SearchRequest] = []
 
     def submit(self, request: SearchRequest) -> None:
@@ -89,16 +86,28 @@ class Bm25Search:
     def poll(self) -> list[SearchResult]:
         """The top passages of every waiting query, best first; the first passages for a query without words."""
         requests, self._waiting = self._waiting, []
-        return [self._search(request) for request in requests]
+        found = self._index.search([request.query for request in requests], self._documents)
+        return [
+            self._result(request, [position for position, _ in ranked])
+            for request, ranked in zip(requests, found, strict=True)
+        ]
 
-    def _search(self, request: SearchRequest) -> SearchResult:
-        tokens = bm25s.tokenize([request.query], stopwords=None, show_progress=False, return_ids=False)
-        scores = self._index.get_scores(tokens[0]) if tokens[0] else None
-        ranked = range(self._documents) if scores is None else (-scores).argsort(kind="stable")[: self._documents]
-        documents = tuple(self._passages[index] for index in ranked)
+    def _result(self, request: SearchRequest, ranked: Sequence[int]) -> SearchResult:
+        documents = tuple(self._passages[position] for position in ranked)
         return SearchResult(
             request=request,
             documents=documents,
             mode=SearchMode.REAL,
             contains_answer=contains_answer(documents, request.question.answers),
         )
+
+
+def _english_stemmer() -> Any:
+    try:
+        import Stemmer
+    except ModuleNotFoundError as error:
+        raise PreflightError(
+            "bm25.analysis is 'english', whose stemmer is in the package PyStemmer, which is not installed: "
+            "pip install PyStemmer. Or set bm25.analysis = 'words'."
+        ) from error
+    return Stemmer.Stemmer("english")
