@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import re
 import string
 import time
@@ -183,14 +184,15 @@ def test_contains_answer_looks_at_whole_words_of_one_document() -> None:
     assert not contains_answer([], ("x",))
 
 
+def second_words(text: str) -> list[str]:
+    """SQuAD's normalisation, written from its description."""
+    kept = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"(?<!\w)(a|an|the)(?!\w)", " ", kept).split()
+
+
 def second_f1(prediction: str, gold: str) -> float:
-    """The same measure through precision and recall, with a normalisation written from its description."""
-
-    def words(text: str) -> list[str]:
-        kept = "".join(character for character in text.lower() if character not in string.punctuation)
-        return re.sub(r"(?<!\w)(a|an|the)(?!\w)", " ", kept).split()
-
-    left, right = words(prediction), words(gold)
+    """The same measure through precision and recall."""
+    left, right = second_words(prediction), second_words(gold)
     common = Counter(left) & Counter(right)
     same = sum(common.values())
     if same == 0:
@@ -212,6 +214,40 @@ def test_scores_are_finite_and_in_order(prediction: str, answers: list[str]) -> 
     assert scores.exact_match <= scores.f1 + 1e-12
     assert scores.f1 == pytest.approx(max((second_f1(prediction, gold) for gold in answers), default=0.0))
     assert normalise(normalise(prediction)) == normalise(prediction)
+
+
+def test_ten_thousand_random_pairs_score_as_squads_measure_has_them() -> None:
+    """Pairs of a few common words, so that most overlap in part: F1 and exact match against the second writing."""
+    draws = random.Random(0)
+    words = [
+        "the",
+        "The",
+        "a",
+        "an",
+        "Jane",
+        "jane",
+        "Austen",
+        "austen,",
+        "U.S.",
+        "us",
+        "1999",
+        "19.99",
+        "東京",
+        "é",
+        "-",
+    ]
+    partial = equal = 0
+    for _ in range(10_000):
+        prediction, gold = (" ".join(draws.choices(words, k=draws.randrange(7))) for _ in range(2))
+        if draws.random() < 0.1:
+            prediction = f" {gold.upper()}!"
+        expected = second_f1(prediction, gold)
+        same = second_words(prediction) == second_words(gold) != []
+        assert f1(prediction, (gold,)) == pytest.approx(expected, abs=1e-12), (prediction, gold)
+        assert exact_match(prediction, (gold,)) == float(same), (prediction, gold)
+        partial += 0.0 < expected < 1.0
+        equal += same
+    assert partial > 3000 and equal > 500
 
 
 @pytest.mark.parametrize("unit", ["a ", "the ", "x", "x ", "!", "Jane Austen ", "a", "\n"])

@@ -7,31 +7,40 @@ Nothing is made up: a request that can't be answered comes back as FAILED, with 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import json
 import os
 import queue
 import threading
 from collections.abc import Collection, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
+import httpx2
 import openai
 
 from zs_fast.config import SimulatorConfig
 from zs_fast.errors import EngineError, PreflightError
+from zs_fast.search.backends.transport import (
+    CONNECT_TIMEOUT_S,
+    FIRST_WAIT_S,
+    HideKey,
+    Key,
+    ReplyError,
+    check_address,
+    excerpt,
+    is_loopback,
+    parse_json,
+    read,
+    refuse_errors,
+    wait_s,
+)
 from zs_fast.search.codec import ByteCodec
 from zs_fast.system.seeds import uniform
 from zs_fast.types import Completion, FinishReason, Role, Sampling
 
-RETRIED_STATUSES = frozenset({408, 409, 429, *range(500, 600)})
 MAX_REPLY_BYTES = 1 << 20
-"""Longest reply that is read, and 1/16 of it of an error page."""
-CONNECT_TIMEOUT_S = 10.0
-FIRST_WAIT_S = 0.5
-LONGEST_WAIT_S = 30.0
+"""Longest reply that is read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,15 +50,6 @@ class RemoteStats:
     requests: int = 0
     retries: int = 0
     failures: int = 0
-
-
-class _ReplyError(Exception):
-    """One attempt failed. `retried` says whether another may help; `wait_s` is the server's Retry-After, or 0."""
-
-    def __init__(self, reason: str, *, retried: bool, wait_s: float = 0.0) -> None:
-        super().__init__(reason)
-        self.retried = retried
-        self.wait_s = wait_s
 
 
 class OpenAIEngine:
@@ -71,23 +71,15 @@ class OpenAIEngine:
         self._finished: queue.SimpleQueue[tuple[int, Completion]] = queue.SimpleQueue()
         self._fault: BaseException | None = None
         self._num_retries = self._num_requests = self._num_failures = 0
-        url = urlsplit(simulator.url)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise PreflightError(
-                f"simulator.url is {simulator.url!r}; it must look like http://127.0.0.1:6001/v1 or https://host/v1."
-            )
-        if url.username or url.password:
-            raise PreflightError(
-                f"simulator.url holds a name or password before {url.hostname}; it would stand in config.toml and "
-                "logs. Leave it out, and put the key into the environment variable that simulator.api_key_env names."
-            )
-        loopback = _is_loopback(url.hostname)
-        key = os.environ.get(simulator.api_key_env, "")
-        self._withheld = bool(key) and url.scheme == "http" and not loopback
+        host = check_address(simulator.url, name="simulator.url", key_name="simulator.api_key_env")
+        loopback = is_loopback(host)
+        self._key = Key(os.environ.get(simulator.api_key_env, ""))
+        self._withheld = bool(self._key) and simulator.url.lower().startswith("http:") and not loopback
+        self._filter = HideKey(self._key).install()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-engine", daemon=True)
         self._thread.start()
-        self._client, self._in_flight = self._wait_for(self._connect("" if self._withheld else key, loopback))
+        self._client, self._in_flight = self._wait_for(self._connect(loopback))
         try:
             self._check_health()
         except PreflightError:
@@ -167,16 +159,16 @@ class OpenAIEngine:
     def _wait_for(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    async def _connect(self, key: str, loopback: bool) -> tuple[openai.AsyncOpenAI, asyncio.Semaphore]:
+    async def _connect(self, loopback: bool) -> tuple[openai.AsyncOpenAI, asyncio.Semaphore]:
         http_client = openai.DefaultAsyncHttpxClient(
             follow_redirects=False,
             # A proxy from the environment must not see what is meant for this machine.
             trust_env=not loopback,
-            event_hooks={"response": [_refuse_errors]},
+            event_hooks={"response": [partial(refuse_errors, key=self._key)]},
         )
         client = openai.AsyncOpenAI(
             base_url=self._simulator.url,
-            api_key=key or "none",
+            api_key="none" if self._withheld or not self._key else self._key.reveal(),
             admin_api_key="",
             organization="",
             project="",
@@ -200,22 +192,27 @@ class OpenAIEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.close()
+        self._filter.remove()
 
     def _check_health(self) -> None:
         try:
             self._wait_for(self._ask("ping", Sampling(max_new_tokens=1, temperature=0.0), must_speak=False))
-        except _ReplyError as error:
-            hint = (
-                f" The key in {self._simulator.api_key_env} was not sent, since {self._simulator.url} is plain http to "
-                "another machine; use https."
-                if self._withheld
-                else ""
-            )
-            raise PreflightError(
-                f"The simulator's server at {self._simulator.url} (model {self._simulator.remote_model!r}) does not "
-                f"answer: {error}.{hint} Start it, set simulator.url and simulator.remote_model, or take "
-                "simulator.kind = 'model'."
-            ) from error
+        except ReplyError as error:
+            problem = str(error)
+        else:
+            return
+        hint = (
+            f" The key in {self._simulator.api_key_env} was not sent, since {self._simulator.url} is plain http to "
+            "another machine; use https."
+            if self._withheld
+            else ""
+        )
+        # Outside the except clause: the libraries' frames hold the whole request, the key included.
+        raise PreflightError(
+            f"The simulator's server at {self._simulator.url} (model {self._simulator.remote_model!r}) does not "
+            f"answer: {problem}.{hint} Start it, set simulator.url and simulator.remote_model, or take "
+            "simulator.kind = 'model'."
+        )
 
     async def _answer(
         self, number: int, request_id: int, prompt: str, sampling: Sampling, role: Role, version: int
@@ -226,15 +223,14 @@ class OpenAIEngine:
                 try:
                     text, reason = await self._ask(prompt, sampling, must_speak=True)
                     break
-                except _ReplyError as error:
+                except ReplyError as error:
                     problem = f"{self._simulator.url}: {error} (attempt {attempt + 1})"
                     if not error.retried or attempt == self._simulator.max_retries:
                         self._num_failures += 1
                         break
                     self._num_retries += 1
-                    jitter = 0.5 + uniform(sampling.seed, attempt)
-                    wait_s = max(error.wait_s, self._first_wait_s * 2.0**attempt * jitter)
-                    await asyncio.sleep(min(wait_s, LONGEST_WAIT_S))
+                    jitter = uniform(sampling.seed, attempt)
+                    await asyncio.sleep(wait_s(attempt, jitter, first_s=self._first_wait_s, asked_s=error.wait_s))
         completion = Completion(
             request_id=request_id,
             role=role,
@@ -247,7 +243,7 @@ class OpenAIEngine:
         self._finished.put((number, completion))
 
     async def _ask(self, prompt: str, sampling: Sampling, *, must_speak: bool) -> tuple[str, FinishReason]:
-        """One attempt: the reply's text and why it ended. Raises _ReplyError for whatever goes wrong."""
+        """One attempt: the reply's text and why it ended. Raises ReplyError for whatever goes wrong."""
         options: dict[str, Any] = {"top_p": sampling.top_p} if sampling.top_p < 1.0 else {}
         if sampling.stop:
             options["stop"] = list(sampling.stop)
@@ -265,72 +261,35 @@ class OpenAIEngine:
                     **options,
                 ) as response,
             ):
-                body = await _read(response.iter_bytes(), MAX_REPLY_BYTES)
+                body = await read(response.iter_bytes(), MAX_REPLY_BYTES)
         except TimeoutError:
-            raise _ReplyError(f"no whole reply in {self._simulator.timeout_s:g} s", retried=True) from None
+            raise ReplyError(f"no whole reply in {self._simulator.timeout_s:g} s", retried=True) from None
         except openai.APIConnectionError as error:
-            if isinstance(error.__cause__, _ReplyError):
+            if isinstance(error.__cause__, ReplyError):
                 raise error.__cause__ from None
-            raise _ReplyError(f"{type(error).__name__}: {error.__cause__ or error}", retried=True) from error
+            problem = self._key.hide_in(str(error.__cause__ or error))
+            raise ReplyError(f"{type(error).__name__}: {problem}", retried=True) from error
+        except (httpx2.HTTPError, OSError) as error:  # a connection that breaks while the body is read
+            raise ReplyError(f"{type(error).__name__}: {self._key.hide_in(str(error))}", retried=True) from error
         except openai.OpenAIError as error:
-            raise _ReplyError(f"{type(error).__name__}: {error}", retried=False) from error
-        return _parse(body, must_speak=must_speak)
-
-
-async def _refuse_errors(response: Any) -> None:
-    """Raise _ReplyError for any answer that is not a success, having read only the start of its body."""
-    status = response.status_code
-    if status < 300:
-        return
-    if status < 400:
-        raise _ReplyError(
-            f"HTTP {status}, a redirect to {response.headers.get('location', '?')!r}, which is not followed",
-            retried=False,
-        )
-    body = b""
-    async for chunk in response.aiter_raw():
-        body += chunk
-        if len(body) > MAX_REPLY_BYTES // 16:
-            break
-    excerpt = " ".join(body.decode("utf-8", "replace").split())[:200]
-    after = response.headers.get("retry-after", "")
-    raise _ReplyError(
-        f"HTTP {status}: {excerpt}",
-        retried=status in RETRIED_STATUSES,
-        wait_s=float(after) if after.isdecimal() else 0.0,
-    )
-
-
-async def _read(chunks: Any, limit: int) -> bytes:
-    body = bytearray()
-    async for chunk in chunks:
-        body += chunk
-        if len(body) > limit:
-            raise _ReplyError(f"the reply is longer than {limit} bytes", retried=False)
-    return bytes(body)
+            raise ReplyError(f"{type(error).__name__}: {self._key.hide_in(str(error))}", retried=False) from error
+        return _parse(self._key.hide_in_bytes(body), must_speak=must_speak)
 
 
 def _parse(body: bytes, *, must_speak: bool) -> tuple[str, FinishReason]:
-    excerpt = " ".join(body[:200].decode("utf-8", "replace").split())
+    reply: Any = parse_json(body)
     try:
-        choice = json.loads(body)["choices"][0]
+        choice = reply["choices"][0]
         text = choice["message"]["content"]
         reason = choice.get("finish_reason")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise _ReplyError(
-            f"the reply is no chat completion ({type(error).__name__}: {error}): {excerpt}", retried=False
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ReplyError(
+            f"the reply is no chat completion ({type(error).__name__}: {error}): {excerpt(body)}", retried=False
         ) from error
     if not isinstance(text, str):
         if must_speak or text is not None:
-            raise _ReplyError(f"the reply has no text (content is {type(text).__name__}): {excerpt}", retried=False)
+            raise ReplyError(
+                f"the reply has no text (content is {type(text).__name__}): {excerpt(body)}", retried=False
+            )
         text = ""
     return text, FinishReason.LENGTH if reason == "length" else FinishReason.STOP
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
