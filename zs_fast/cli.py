@@ -36,6 +36,7 @@ usage: zs-fast COMMAND ...
                      all of it: collect, label, sft, simulator-quality
   plan RECIPE ...    memory and time by phase, on --gpu 24GiB (or a card's name), else on this machine; what to change
   report RUN ...     one HTML page of finished or running runs: curves, comparison, rollouts to read
+  retriever          serve a corpus (--corpus FILE ...) to this and other trainers over Search-R1's /retrieve
   bench SUBJECT      measure (in a checkout of the repository); subjects: {subjects}
   doctor             what this machine can do, and what is missing
 
@@ -102,6 +103,10 @@ def run(words: list[str]) -> int:
         return _plan(rest)
     if command == "report":
         return _report_page(rest)
+    if command == "retriever":
+        from zs_fast.retriever_command import retriever_command
+
+        return retriever_command(rest)
     if command == "doctor":
         return _doctor(rest)
     if command == "bench":
@@ -259,7 +264,7 @@ PLAN_SUMMARY = (
     "Plan the memory and time of a run, without loading anything. --gpu SIZE or NAME (24GiB, h100): for that card; "
     "without it, for this machine. Plain switch: --json. The exit code is 3 where it does not fit."
 )
-COMMANDS = (*RUN_COMMANDS, "plan", "report", "bench", "doctor")
+COMMANDS = (*RUN_COMMANDS, "plan", "report", "retriever", "bench", "doctor")
 
 
 def _help(command: str) -> int:

@@ -526,8 +526,8 @@ class CollectConfig(Section):
     play: Literal["policy", "question"] = "policy"
     """`policy`: model.path plays, as it samples in training. `question`: no model at all, each question is its own one
     query; for policies that can't search yet."""
-    search: Literal["bm25"] = "bm25"
-    """The real search engine: `bm25` over `simulator.corpus`."""
+    search: Literal["bm25", "retriever"] = "bm25"
+    """The real search engine: `bm25` over `simulator.corpus`, or the server of section `retriever`."""
     documents: Annotated[int, Field(ge=1, le=100)] = 10
     """Documents per search. More than `simulator.documents`, so that `label.by = "answer"` has some with and some
     without an answer to choose from; the policy is shown as many of them as fit game.max_observation_tokens."""

@@ -104,7 +104,7 @@ WRONG = {
     "key in the wrong place": ("group_size = 3", ["group_size = 3", "did you mean train.group_size?"]),
     "unknown section": (
         "[tain]\nsteps = 3",
-        ["unknown key tain", "algorithm, bm25, critic, curriculum", "did you mean train?"],
+        ["unknown key tain", "algorithm, bm25, collect, critic, curriculum", "did you mean train?"],
     ),
     "section as a value": ("train = 5", ["train = 5", "takes a section", "[train]", "steps"]),
     "text for a number": ('seed = "1"', ['seed = "1"', "a whole number >= 0"]),

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.search.http_faults import MODES, faulty, good_retrieval
 from zs_fast.config import RunConfig
-from zs_fast.errors import ConfigError, DataError, SimulatorError
+from zs_fast.errors import ConfigError, DataError, PreflightError, SimulatorError
 from zs_fast.recipe_files import load_recipe
 from zs_fast.search.reward import contains_answer
 from zs_fast.simulator import collect as collecting
@@ -114,6 +115,21 @@ def test_a_search_engine_that_fails_is_said_and_kept_out(tmp_path: Path, monkeyp
     with pytest.raises(SimulatorError, match=r"gone.*--resume"):
         collect(recipe(tmp_path, play="question"))
     assert read_trajectories(tmp_path / FILE) == []
+
+
+def test_a_server_is_collected_from_and_its_fault_is_one_error(tmp_path: Path) -> None:
+    with faulty(good_retrieval) as server:
+        words = {"collect.search": "retriever", "retriever.url": server.url, "retriever.max_retries": "0"}
+        collect(recipe(tmp_path / "good", play="question", **words))
+        for trajectory in read_trajectories(tmp_path / "good" / FILE):
+            assert trajectory.searches[0].documents == ("Emma: A novel by Jane Austen",)
+        server.misbehave(MODES["HTTP 500"], times=-1)
+        with pytest.raises(PreflightError, match=r"does not answer: HTTP 500"):
+            collect(recipe(tmp_path / "never", play="question", **words))
+        server.misbehave(lambda exchange: exchange.reply(exchange.good if b"ping" in exchange.body else b"{}"))
+        with pytest.raises(SimulatorError, match=r"'result'.*--resume"):
+            collect(recipe(tmp_path / "failing", play="question", **words))
+    assert read_trajectories(tmp_path / "failing" / FILE) == []
 
 
 ROW = {"id": "a_train_1", "question": "who wrote emma?", "golden_answers": ["Jane Austen"], "data_source": "a"}

@@ -21,7 +21,9 @@ from zs_fast.errors import ConfigError, DataError, PreflightError, SimulatorErro
 from zs_fast.ranks import hold_run_folder
 from zs_fast.rollout.play import IDLE_SLEEP_S, Player, Progress
 from zs_fast.search.backends import SearchBackend
-from zs_fast.search.backends.bm25 import Bm25Search, load_passages
+from zs_fast.search.backends.bm25 import Bm25Index, Bm25Search
+from zs_fast.search.backends.passages import read_corpus
+from zs_fast.search.backends.remote import RemoteSearch
 from zs_fast.search.data import QuestionOrder, load_questions
 from zs_fast.search.reward import normalise
 from zs_fast.setup import build_arena, load_policy, use_device
@@ -73,7 +75,7 @@ def collect(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
 
         progress = partial(screen.progress, "collecting")
         if missing and config.collect.play == "question":
-            _search_questions(config, missing, keep, progress)
+            _search_questions(config, missing, keep, progress, stack)
         elif missing:
             _play_policy(config, missing, keep, progress, stack)
         writer.sync()
@@ -125,7 +127,12 @@ def summarise(trajectories: Sequence[CollectedTrajectory]) -> dict[str, Any]:
 
 def real_search(config: RunConfig) -> SearchBackend:
     """The real search engine of `collect.search`."""
-    return Bm25Search(load_passages(config.simulator.corpus), documents=config.collect.documents)
+    documents = config.collect.documents
+    if config.collect.search == "retriever":
+        return RemoteSearch(config.retriever, documents=documents)
+    passages = read_corpus(config.simulator.corpus)
+    index = Bm25Index.over(passages, config.bm25)
+    return Bm25Search([passage.document for passage in passages], documents=documents, index=index)
 
 
 def _resumed(path: Path, questions: Sequence[Question]) -> dict[tuple[str, int], CollectedTrajectory]:
@@ -145,10 +152,16 @@ def _resumed(path: Path, questions: Sequence[Question]) -> dict[tuple[str, int],
 
 
 def _search_questions(
-    config: RunConfig, questions: Sequence[Question], keep: Callable[[CollectedTrajectory], None], progress: Progress
+    config: RunConfig,
+    questions: Sequence[Question],
+    keep: Callable[[CollectedTrajectory], None],
+    progress: Progress,
+    stack: ExitStack,
 ) -> None:
     """Each question is its own one query; without its question mark, as a policy would write it."""
     backend = real_search(config)
+    if isinstance(backend, RemoteSearch):
+        stack.callback(backend.close)
     limit = config.game.max_query_characters
     for start in range(0, len(questions), config.engine.slots):
         batch = questions[start : start + config.engine.slots]
