@@ -139,7 +139,7 @@ def untrained(folder: Path) -> dict[int, dict[str, float]]:
         output = folder / f"untrained_seed{seed}"
         path = output / "evaluation.json"
         if not path.is_file():
-            evaluate_run(load_recipe([RECIPE], {"seed": [str(seed)], "output": [str(output)]}))
+            evaluate_run(load_recipe([RECIPE], {"seed": [str(seed)], "output": [str(output)]}), resume=True)
         results[seed] = json.loads(path.read_bytes())["results"][SEARCH]
     return results
 

@@ -26,7 +26,8 @@ USAGE = """\
 usage: zs-fast COMMAND ...
 
   train RECIPE ...   play, score, update: a whole run, into its run folder
-  eval RECIPE ...    evaluate a model on the recipe's evaluation questions
+  eval RECIPE ...    evaluate a model on sets of questions, by itself and with baselines: a table with intervals
+  ask QUESTION ...   let a model answer one question, with its searches and sources; a recipe may follow (quickstart)
   sft RECIPE ...     supervised fine-tuning on examples
   collect RECIPE ... real searches over training questions, to make a simulator from
   label RECIPE ...   collected searches -> useful and noisy examples
@@ -47,6 +48,10 @@ Common: --output DIR, --data FILE, --seed N, --resume, --json (the last stdout l
 SUBJECTS = ("ops", "train_step", "rollout", "plan", "compare")
 SPEAKING_TIME_S = 60.0
 """Longest time that the process which reports an error gets to close its files and do so."""
+INTERRUPTED = {
+    "train": "; `--resume` continues from the newest checkpoint",
+    "eval": "; `--resume` keeps the trajectories that are finished",
+}
 MISSING_EXTRA = "zs-fast {command} needs the package {package}, which is not installed: pip install 'zs-fast[train]'"
 
 
@@ -76,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _report(f"zs-fast: {MISSING_EXTRA.format(command=words[0], package=error.name)}")
         code = PreflightError.exit_code
     except KeyboardInterrupt:
-        hint = "; `--resume` continues from the newest checkpoint" if words[0] == "train" else ""
+        hint = INTERRUPTED.get(words[0], "")
         _report(f"zs-fast: interrupted{hint}")
         code = 130
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
@@ -99,6 +104,8 @@ def run(words: list[str]) -> int:
     command, rest = words[0], words[1:]
     if command in RUN_COMMANDS:
         return _run_with_recipe(command, rest)
+    if command == "ask":
+        return _ask(rest)
     if command == "plan":
         return _plan(rest)
     if command == "report":
@@ -114,7 +121,7 @@ def run(words: list[str]) -> int:
     raise ConfigError(f"unknown command {command!r}; the commands are {', '.join(COMMANDS)}{_nearest(command)}")
 
 
-def parse(words: Sequence[str], switches: Sequence[str]) -> CommandLine:
+def parse(words: Sequence[str], switches: Sequence[str], other_names: Mapping[str, str] | None = None) -> CommandLine:
     """Sort the words of a command that takes recipes. Raises ConfigError for a flag without its value."""
     from zs_fast.recipe_files import fields, is_list
 
@@ -127,6 +134,7 @@ def parse(words: Sequence[str], switches: Sequence[str]) -> CommandLine:
             continue
         flag, equals, value = word[2:].partition("=")
         name = flag.replace("-", "_")
+        name = (other_names or {}).get(name, name)
         if name in switches and not equals:
             line.switches.add(name)
             continue
@@ -161,7 +169,7 @@ def _run_with_recipe(command: str, words: list[str]) -> int:
         return _help(command)
     from zs_fast.recipe_files import load_recipe, recipe_names
 
-    line = parse(words, RUN_COMMANDS[command].switches)
+    line = parse(words, RUN_COMMANDS[command].switches, RUN_COMMANDS[command].other_names)
     if not line.recipes:
         raise ConfigError(f"zs-fast {command} needs a recipe: one of {', '.join(recipe_names())}, or a .toml file")
     config = load_recipe(line.recipes, line.overrides)
@@ -183,7 +191,7 @@ def _train(config: RunConfig, switches: set[str]) -> object:
 def _eval(config: RunConfig, switches: set[str]) -> object:
     from zs_fast.evaluate import evaluate_run
 
-    return evaluate_run(config)
+    return evaluate_run(config, resume="resume" in switches)
 
 
 def _sft(config: RunConfig, switches: set[str]) -> object:
@@ -229,6 +237,8 @@ class RunCommand:
     call: Callable[[Any, set[str]], object]
     summary: str
     switches: tuple[str, ...]
+    other_names: Mapping[str, str] = field(default_factory=dict)
+    """Flags that stand for a field's."""
 
 
 RUN_COMMANDS: Mapping[str, RunCommand] = {
@@ -236,7 +246,11 @@ RUN_COMMANDS: Mapping[str, RunCommand] = {
         _train, "Train a policy. Plain switches: --resume (continue --output), --json.", ("resume", "json")
     ),
     "eval": RunCommand(
-        _eval, "Evaluate model.path on eval.data with each of eval.search. Plain switch: --json.", ("json",)
+        _eval,
+        "Evaluate model.path on each set of eval.data, by each of eval.methods and eval.search. --limit N: the first N "
+        "questions of each set (eval.questions). Plain switches: --resume (keep what --output holds), --json.",
+        ("resume", "json"),
+        {"limit": "eval.questions"},
     ),
     "sft": RunCommand(_sft, "Fine-tune model.path on the examples in data. Plain switch: --json.", ("json",)),
     "collect": RunCommand(
@@ -264,7 +278,12 @@ PLAN_SUMMARY = (
     "Plan the memory and time of a run, without loading anything. --gpu SIZE or NAME (24GiB, h100): for that card; "
     "without it, for this machine. Plain switch: --json. The exit code is 3 where it does not fit."
 )
-COMMANDS = (*RUN_COMMANDS, "plan", "report", "retriever", "bench", "doctor")
+ASK_SUMMARY = (
+    "Answer QUESTION with model.path, searching with the first of eval.search that is no simulator, else with BM25 in "
+    "eval.corpus or simulator.corpus. Greedy unless eval.temperature says otherwise. Plain switch: --json."
+)
+OTHER_SUMMARIES: Mapping[str, str] = {"plan": PLAN_SUMMARY, "ask": ASK_SUMMARY}
+COMMANDS = (*RUN_COMMANDS, "ask", "plan", "report", "retriever", "bench", "doctor")
 
 
 def _help(command: str) -> int:
@@ -273,19 +292,38 @@ def _help(command: str) -> int:
 
     from zs_fast.config import RunConfig
 
-    print(f"usage: zs-fast {command} RECIPE [RECIPE ...] [--field VALUE ...]")
+    words = "QUESTION [RECIPE ...]" if command == "ask" else "RECIPE [RECIPE ...]"
+    print(f"usage: zs-fast {command} {words} [--field VALUE ...]")
     print(f"RECIPE: {_recipe_names()}, or a .toml file\n")
     try:
         tyro.cli(
             RunConfig,
             args=["--help"],
             prog=f"zs-fast {command} RECIPE",
-            description=PLAN_SUMMARY if command == "plan" else RUN_COMMANDS[command].summary,
+            description=OTHER_SUMMARIES.get(command) or RUN_COMMANDS[command].summary,
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
             use_underscores=True,
         )
     except SystemExit as end:
         return int(end.code or 0)
+    return 0
+
+
+def _ask(words: list[str]) -> int:
+    if "-h" in words or "--help" in words:
+        return _help("ask")
+    from zs_fast.recipe_files import load_recipe
+
+    line = parse(words, ("json",))
+    if not line.recipes:
+        raise ConfigError("zs-fast ask needs a question: zs-fast ask 'who wrote emma?'")
+    question, *recipes = line.recipes
+    config = load_recipe(recipes or ["quickstart"], line.overrides)
+    from zs_fast.ask import ask
+
+    result = ask(config, question)
+    if "json" in line.switches:
+        print(_as_json(result))
     return 0
 
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -422,20 +422,45 @@ class TrainConfig(Section):
         return self
 
 
+MethodName = Literal["agent", "direct", "cot", "rag", "r1"]
+
+
 class EvalConfig(Section):
     """The evaluation at the start, during and at the end of training, and of `zs-fast eval`."""
 
-    data: str = ""
-    """Questions; the same forms as `data`. Empty: no evaluation."""
+    data: tuple[str, ...] = ()
+    """Questions; each the same forms as `data`, one set apiece. Empty: no evaluation."""
+    corpus: str = ""
+    """Passages that `bm25` searches in evaluations; `{set}` in it stands for the name of the set (the file's, up to
+    its first dot), as in corpus/{set}.jsonl.gz. Empty: those of simulator.corpus."""
     questions: NonNegative = 0
-    """First n questions in seeded order; 0 takes all."""
+    """First n questions of each set in seeded order; 0 takes all. `zs-fast eval --limit N` is the same."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
     """0 is greedy."""
     search: tuple[Literal["simulator", "bm25", "retriever", "none"], ...] = ("simulator",)
     """Who answers the searches; one evaluation each. `simulator` is the training simulator in useful mode, `bm25` and
     `retriever` are real search, `none` finds nothing."""
+    methods: tuple[MethodName, ...] = ("agent",)
+    """How the questions are asked; `agent` plays the game of the training. The others are baselines of one
+    completion: `direct` answers at once, `cot` reasons in words first, `rag` gets the documents of one search for the
+    question (with each of eval.search but `none`), `r1` thinks in tags as the agent does, without a search."""
     at_start: bool = True
     """Evaluate before the first step too."""
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        """A single set may be given without the brackets of a list."""
+        given = (value,) if isinstance(value, str) else value
+        return tuple(one for one in given if one != "") if isinstance(given, list | tuple) else given
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalConfig:
+        if self.data and not self.methods:
+            raise ValueError(
+                "eval.methods is an empty list: nothing would be played. Take 'agent', or set no eval.data."
+            )
+        return self
 
 
 class EngineConfig(Section):

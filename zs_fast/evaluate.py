@@ -2,71 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from zs_fast.config import RunConfig, write_config
 from zs_fast.errors import ConfigError
+from zs_fast.evaluation_folder import EvaluationFolder, Results
 from zs_fast.ranks import check_recipe, hold_run_folder, play
-from zs_fast.rollout.play import Player, Progress
-from zs_fast.search.data import QuestionOrder, load_questions
-from zs_fast.setup import build_arena, load_policy, simulator_name, use_device
-from zs_fast.system.console import make_screen
-from zs_fast.system.distributed import is_main, process_group, together
+from zs_fast.rollout.play import OnGroup, Player, Progress
+from zs_fast.scoreboard import Evaluation, Result, averages, summarise, table
+from zs_fast.search.by_set import QuestionSets, load_sets
+from zs_fast.setup import Arena, build_arena, load_policy, planned_evaluations, simulator_name, use_device
+from zs_fast.system.console import Screen, make_screen
+from zs_fast.system.distributed import from_main, is_main, process_group, together
 from zs_fast.system.environment import write_environment
-from zs_fast.system.files import FileOperations, replace_file
-from zs_fast.system.metrics import rollout_row
-from zs_fast.types import Question, Trajectory
-
-BOOTSTRAP_SAMPLES = 1000
+from zs_fast.types import Group, Question, StopReason, Trajectory
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """The result on one set of questions. Means are over all rows; `f1_low` and `f1_high` bound f1 at 95 %."""
+def evaluate_run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Evaluate the policy `model.path` on each set of `eval.data`, by each of `eval.methods` and `eval.search`; what
+    `zs-fast eval` does.
 
-    num_questions: int
-    f1: float
-    f1_low: float
-    f1_high: float
-    exact_match: float
-    cover_match: float
-    searches_per_question: float
-    answered_share: float
-    """Share of trajectories that ended on a complete answer."""
-    f1_by_source: dict[str, float]
-
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """Flat numbers for the metrics file: `{prefix}/f1`, `{prefix}/f1/{source}`, ..."""
-        values = asdict(self)
-        by_source = values.pop("f1_by_source")
-        return {f"{prefix}/{name}": float(value) for name, value in values.items()} | {
-            f"{prefix}/f1/{source}": value for source, value in by_source.items()
-        }
-
-    def line(self, name: str) -> str:
-        """The result in one line, for the screen."""
-        return (
-            f"{name}: F1 {self.f1:.3f} ({self.f1_low:.3f} to {self.f1_high:.3f}), "
-            f"{self.searches_per_question:.2f} searches per question, {self.num_questions} questions"
-        )
-
-
-def evaluate_run(config: RunConfig) -> dict[str, Any]:
-    """Evaluate the policy `model.path` against each search of `eval.search`; what `zs-fast eval` does.
-
-    Returns the summary and writes it to `<output>/evaluation.json`, with every trajectory beside it in
-    `trajectories_<search>.jsonl`. The default output is runs/<name>_eval.
+    Returns the summary and writes it to `<output>/evaluation.json`, as a table to `evaluation.md`, with every
+    trajectory beside it in `trajectories_<set>_<name>.jsonl`. The default output is runs/<name>_eval. With `resume`
+    the trajectories that are there already are kept.
     """
     if not config.eval.data:
         raise ConfigError(
-            "eval.data is empty, so there are no questions to judge by. Give a file: --eval.data FILE, or "
+            "eval.data is empty, so there are no questions to judge by. Give files: --eval.data FILE ..., or "
             "--eval.data quickstart:heldout."
         )
     output = config.output or Path("runs") / f"{config.name}_eval"
@@ -74,88 +40,153 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
         raise ConfigError(
             f"{output} holds a training run, whose config.toml an evaluation would replace. Choose another --output."
         )
-    questions = evaluation_questions(config)
+    sets = evaluation_sets(config)
     with process_group(config.model.device, timeout_s=config.train.rank_timeout_s), ExitStack() as stack:
         check_recipe(config)
         hold_run_folder(output, stack)
+        with together():
+            folder = EvaluationFolder(output, config, sets, resume=resume) if is_main() else None
+            found = folder.finished() if folder is not None else {}
+        results = _shared(found)
+        if folder is not None:
+            stack.callback(folder.close)
         screen = stack.enter_context(closing(make_screen(0, config.name))) if is_main() else None
+        if screen is not None and (kept := sum(map(len, results.values()))):
+            screen.note(f"{kept} trajectories are there already")
         with together():
             device = use_device(config)
             policy = load_policy(config, device)
-            arena = build_arena(config, policy, device=device, training=False)
+            arena = build_arena(config, policy, device=device, training=False, eval_sets=sets)
             stack.callback(arena.close)
-        results: dict[str, Any] = {}
-        for name, player in arena.evaluation_players.items():
-            progress = partial(screen.progress, f"evaluation, {name}") if screen else None
-            evaluation, trajectories = evaluate(player, questions, step=0, on_progress=progress)
-            results[name] = asdict(evaluation)
-            if screen is None:
-                continue
-            screen.note(evaluation.line(name))
-            rows = (json.dumps(rollout_row(0, t, arena.codec.decode), allow_nan=False) for t in trajectories)
-            path = output / f"trajectories_{name}.jsonl"
-            replace_file(FileOperations(), path, "".join(f"{row}\n" for row in rows).encode())
-        summary: dict[str, Any] = {
-            "model": config.model.path,
-            "data": config.eval.data,
-            "temperature": config.eval.temperature,
-            "seed": config.seed,
-            "results": results,
-        }
-        if "simulator" in config.eval.search:
+            if folder is not None:
+                folder.begin()
+                write_config(config, output / "config.toml")
+                write_environment(output, device)
+        _play_missing(arena, sets, results, folder, screen)
+        summary = _summary(config, sets, results)
+        if "simulator" in {search for _, search in planned_evaluations(config.eval).values()}:
             summary["simulator"] = simulator_name(config, training=False, policy=policy)
-        if is_main():
-            replace_file(FileOperations(), output / "evaluation.json", json.dumps(summary, indent=2).encode() + b"\n")
-            write_config(config, output / "config.toml")
-            write_environment(output, device)
+        if folder is not None and screen is not None:
+            summary["settings"]["fingerprint"] = folder.fingerprint
+            page = _page(config, summary, sets, results)
+            folder.write(summary, page)
+            for line in page:
+                screen.note(line)
     return summary
 
 
-def evaluation_questions(config: RunConfig) -> list[Question]:
-    """The questions of `eval.data`: the first `eval.questions` in seeded order, all when that is 0."""
-    if not config.eval.data:
-        return []
-    questions = load_questions(config.eval.data)
-    count = config.eval.questions or len(questions)
-    return QuestionOrder(questions, config.seed).batch(0, min(count, len(questions)))
+def evaluation_sets(config: RunConfig) -> dict[str, list[Question]]:
+    """The sets of `eval.data`: of each the first `eval.questions` in seeded order, all when that is 0."""
+    return load_sets(config.eval.data, first=config.eval.questions, seed=config.seed)
 
 
 def evaluate(
-    player: Player, questions: Sequence[Question], *, step: int, on_progress: Progress | None = None
+    player: Player,
+    questions: Sequence[Question],
+    *,
+    step: int,
+    on_progress: Progress | None = None,
+    on_group: OnGroup | None = None,
 ) -> tuple[Evaluation, list[Trajectory]]:
     """Play every question once with `player` (whose group size is 1) and no noise."""
-    groups = play(player, questions, step=step, noise=0.0, on_progress=on_progress)
+    groups = play(player, questions, step=step, noise=0.0, on_progress=on_progress, on_group=on_group)
     trajectories = [group.trajectories[0] for group in groups]
-    return summarise(trajectories), trajectories
+    return summarise([Result.of(trajectory) for trajectory in trajectories]), trajectories
 
 
-def summarise(trajectories: Sequence[Trajectory]) -> Evaluation:
-    """Means, a bootstrap interval of F1 (percentiles of resampled means, fixed seed), and F1 per source."""
-    f1 = [trajectory.scores.f1 for trajectory in trajectories]
-    low, high = _bootstrap_interval(f1)
-    by_source: dict[str, list[float]] = {}
-    for trajectory in trajectories:
-        by_source.setdefault(trajectory.question.source, []).append(trajectory.scores.f1)
-    return Evaluation(
-        num_questions=len(trajectories),
-        f1=_mean(f1),
-        f1_low=low,
-        f1_high=high,
-        exact_match=_mean([trajectory.scores.exact_match for trajectory in trajectories]),
-        cover_match=_mean([trajectory.scores.cover_match for trajectory in trajectories]),
-        searches_per_question=_mean([trajectory.num_searches for trajectory in trajectories]),
-        answered_share=_mean([trajectory.answer is not None for trajectory in trajectories]),
-        f1_by_source={source: _mean(values) for source, values in sorted(by_source.items())},
-    )
+def _shared(found: Results) -> Results:
+    """What the main process found finished, on every process."""
+    plain = {name: {id_: asdict(result) for id_, result in of.items()} for name, of in found.items()}
+    return {name: {id_: Result(**result) for id_, result in of.items()} for name, of in from_main(plain).items()}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _play_missing(
+    arena: Arena, sets: QuestionSets, results: Results, folder: EvaluationFolder | None, screen: Screen | None
+) -> None:
+    """Play what has no result yet; `results` and the folder get each trajectory as it is finished."""
+    for name, player in arena.evaluation_players.items():
+        finished = results[name]
+        missing = [question for of_set in sets.values() for question in of_set if question.id not in finished]
+        num_kept = len(finished)
+
+        def keep(group: Group, name: str = name, finished: dict[str, Result] = finished) -> None:
+            trajectory = group.trajectories[0]
+            finished[trajectory.question.id] = Result.of(trajectory)
+            if folder is not None:
+                folder.append(name, trajectory, arena.codec.decode)
+
+        def progress(done: int, total: int, name: str = name, num_kept: int = num_kept) -> None:
+            if screen is not None:
+                screen.progress(f"evaluation, {name}", num_kept + done, num_kept + total)
+
+        if missing:
+            play(player, missing, step=0, noise=0.0, on_progress=progress, on_group=keep)
+        if screen is not None:
+            screen.note(summarise(_in_order(sets, finished)).line(name))
 
 
-def _bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    if not values:
-        return 0.0, 0.0
-    draws = random.Random(0)
-    means = sorted(_mean(draws.choices(values, k=len(values))) for _ in range(BOOTSTRAP_SAMPLES))
-    return means[int(0.025 * BOOTSTRAP_SAMPLES)], means[int(0.975 * BOOTSTRAP_SAMPLES) - 1]
+def _in_order(sets: QuestionSets, finished: dict[str, Result]) -> list[Result]:
+    return [finished[question.id] for questions in sets.values() for question in questions]
+
+
+def _summary(config: RunConfig, sets: QuestionSets, results: Results) -> dict[str, Any]:
+    by_set = {
+        set_name: {name: [finished[q.id] for q in questions] for name, finished in results.items()}
+        for set_name, questions in sets.items()
+    }
+    return {
+        "model": config.model.path,
+        "data": list(config.eval.data),
+        "temperature": config.eval.temperature,
+        "seed": config.seed,
+        "num_questions": {name: len(questions) for name, questions in sets.items()},
+        "settings": {
+            "decoding": decoding(config),
+            "methods": list(config.eval.methods),
+            "search": list(config.eval.search),
+            "corpus": config.eval.corpus or config.simulator.corpus,
+            "documents": config.simulator.documents,
+            "first_questions": config.eval.questions,
+        }
+        | config.game.model_dump(),
+        "results": {name: asdict(summarise(_in_order(sets, finished))) for name, finished in results.items()},
+        "sets": {
+            set_name: {name: asdict(summarise(of)) for name, of in by_name.items()}
+            for set_name, by_name in by_set.items()
+        },
+        "average_of_sets": {
+            name: {
+                measure: asdict(interval)
+                for measure, interval in averages([by_name[name] for by_name in by_set.values()]).items()
+            }
+            for name in results
+        },
+    }
+
+
+def decoding(config: RunConfig) -> str:
+    """How the policy's tokens are chosen in an evaluation, in words."""
+    if config.eval.temperature == 0:
+        return "greedy"
+    return f"sampled at temperature {config.eval.temperature:g}, seed {config.seed}"
+
+
+def _page(config: RunConfig, summary: dict[str, Any], sets: QuestionSets, results: Results) -> list[str]:
+    """The summary to read: what was played and how, then a table for each evaluation."""
+    settings = summary["settings"]
+    rows = f"the first {config.eval.questions} of each set" if config.eval.questions else "all rows"
+    total = sum(map(len, sets.values()))
+    lines = [
+        f"# Evaluation of {config.model.path}",
+        "",
+        f"{decoding(config).capitalize()}; {total} questions ({rows}); at most {config.game.max_turns} completions "
+        f"(so {config.game.max_turns - 1} searches) of {config.game.max_new_tokens} tokens, {settings['documents']} "
+        f"documents a search, {config.game.max_observation_tokens} tokens of them; settings {settings['fingerprint']}. "
+        "Means with 95 % bootstrap intervals.",
+    ]
+    for name, finished in results.items():
+        by_set = {set_name: [finished[q.id] for q in questions] for set_name, questions in sets.items()}
+        lines += ["", f"## {name}", "", *table(by_set)]
+        if failed := sum(r.stop_reason == StopReason.SEARCH_FAILED for of in by_set.values() for r in of):
+            lines += ["", f"{failed} trajectories were ended by a failed search, and count with 0."]
+    return lines

@@ -23,7 +23,7 @@ from zs_fast.learn.pack import pack
 from zs_fast.learn.sharding import shard_model
 from zs_fast.models.load import DTYPES, LoadedModel, load_model
 from zs_fast.models.lora import adapter_rank
-from zs_fast.rollout.play import Player, Progress, Refill
+from zs_fast.rollout.play import OnGroup, Player, Progress, Refill
 from zs_fast.setup import Arena
 from zs_fast.system.checkpoint import CheckpointStore
 from zs_fast.system.distributed import gather, is_main, rank, together, world_size
@@ -131,8 +131,11 @@ def play(
     noise: float,
     on_progress: Progress | None = None,
     refill: Refill | None = None,
+    on_group: OnGroup | None = None,
 ) -> list[Group]:
     """The groups of all questions, in their order; each rank plays every world_size-th question.
+
+    `on_group` is told each group as it is finished; with several processes, on all of them, once all are.
 
     In a run of one process the first of them may have begun in an earlier step, by its `refill`. Raises what playing
     raises on any rank, on all of them.
@@ -142,12 +145,22 @@ def play(
         share = questions[rank() :: world_size()]
         for question in share[player.num_groups :]:
             player.submit(question, step=step, noise_probability=noise)
-        own = player.collect(len(share), on_progress=on_progress, refill=refill, may_all_fail=world_size() > 1)
+        several = world_size() > 1
+        own = player.collect(
+            len(share),
+            on_progress=on_progress,
+            refill=refill,
+            may_all_fail=several,
+            on_group=None if several else on_group,
+        )
     if world_size() == 1:
         return own
     shares = [groups_from_json(share) for share in gather(groups_to_json(own))]
     groups = [shares[number % world_size()][number // world_size()] for number in range(len(questions))]
     with together():
+        if on_group is not None:
+            for group in groups:
+                on_group(group)
         player.check_failures(groups)
     return groups
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
-from zs_fast.config import RunConfig, SamplingConfig
-from zs_fast.errors import PreflightError
+from zs_fast.config import EvalConfig, MethodName, RunConfig, SamplingConfig
+from zs_fast.errors import ConfigError, PreflightError
 from zs_fast.models.attention import use_attention
 from zs_fast.models.liger import use_liger
 from zs_fast.models.load import (
@@ -36,6 +36,7 @@ from zs_fast.search.backends.bm25 import Bm25Index, Bm25Search
 from zs_fast.search.backends.closed_book import ClosedBook
 from zs_fast.search.backends.passages import read_corpus
 from zs_fast.search.backends.remote import DIALECTS, RemoteSearch
+from zs_fast.search.by_set import QuestionSets, SearchBySet
 from zs_fast.search.codec import ByteCodec, Codec
 from zs_fast.search.simulator import SimulatedSearch
 from zs_fast.system.distributed import local_rank, world_size
@@ -55,7 +56,7 @@ class Arena:
     codec: Codec
     training_player: Player
     evaluation_players: dict[str, Player] = field(default_factory=dict)
-    """By name: `simulator`, `bm25`, `retriever`, `closed_book`."""
+    """By name: `simulator`, `bm25`, `retriever`, `closed_book`, `rag_bm25`, `direct`, ... (`planned_evaluations`)."""
     remote: OpenAIEngine | None = None
     retriever: RemoteSearch | None = None
     copy_policy: Callable[[], int] | None = None
@@ -88,8 +89,7 @@ class SearchEngines:
         if kind == "none":
             return ClosedBook()
         if kind == "bm25":
-            passages, index = self._bm25
-            return Bm25Search(passages, documents=self.config.simulator.documents, index=index)
+            return self._searching(*self._bm25)
         if kind == "retriever":
             documents, processes = self.config.simulator.documents, world_size()
             if self.retriever is None:
@@ -97,10 +97,38 @@ class SearchEngines:
             return self.retriever
         return self._simulated()
 
+    def judge(self, name: str, sets: QuestionSets) -> SearchBackend:
+        """Who answers in an evaluation of `sets`: as `backend`, but `bm25` looks into `eval.corpus` where there is one.
+
+        Raises ConfigError where that has passages for each set, and no set is given.
+        """
+        corpus = self.config.eval.corpus
+        if name != "bm25" or not corpus:
+            return self.backend(name)
+        if "{set}" not in corpus:
+            return self._searching(*self._indexed(corpus))
+        if not sets:
+            raise ConfigError(
+                f"eval.corpus is {corpus!r}, with passages for each set of questions, but this question belongs to no "
+                "set. Name one file: --eval.corpus FILE."
+            )
+        indexed = {set_name: self._indexed(corpus.replace("{set}", set_name)) for set_name in sets}
+        return SearchBySet({set_name: self._searching(*found) for set_name, found in indexed.items()}, sets)
+
     @cached_property
     def _bm25(self) -> tuple[list[str], Bm25Index]:
-        passages = read_corpus(self.config.simulator.corpus)
+        return self._indexed(self.config.simulator.corpus)
+
+    def _indexed(self, corpus: str) -> tuple[list[str], Bm25Index]:
+        passages = read_corpus(corpus)
         return [passage.document for passage in passages], Bm25Index.over(passages, self.config.bm25)
+
+    def _searching(self, passages: list[str], index: Bm25Index) -> Bm25Search:
+        return Bm25Search(passages, documents=self.config.simulator.documents, index=index)
+
+    def close(self) -> None:
+        if self.retriever is not None:
+            self.retriever.close()
 
     def _simulated(self) -> SimulatedSearch:
         speaker: Codec | ByteCodec = ByteCodec()
@@ -113,6 +141,25 @@ class SearchEngines:
             run_seed=self.config.seed,
             max_query_characters=self.config.game.max_query_characters,
         )
+
+
+def planned_evaluations(settings: EvalConfig) -> dict[str, tuple[MethodName, str]]:
+    """Name -> (method, one of `eval.search`): what an evaluation of these settings plays. Empty without eval.data.
+
+    The agent plays with each search, under the search's name alone; `rag` with each that finds something.
+    """
+    planned: dict[str, tuple[MethodName, str]] = {}
+    for method in settings.methods if settings.data else ():
+        if method not in ("agent", "rag"):
+            planned[method] = (method, "none")
+            continue
+        for search in settings.search:
+            name = EVALUATION_NAMES[search]
+            if method == "agent":
+                planned[name] = (method, search)
+            elif search != "none":
+                planned[f"rag_{name}"] = (method, search)
+    return planned
 
 
 def use_device(config: RunConfig) -> torch.device:
@@ -218,15 +265,17 @@ def build_arena(
     device: torch.device,
     base: LoadedModel | None = None,
     training: bool = True,
+    eval_sets: QuestionSets | None = None,
 ) -> Arena:
     """Put `policy`, and the simulator where a search needs it, into one engine, and make the players.
 
     `policy` is a model of `load_served`; its module is the engine's afterwards. `base` is one too, the policy before
     training, where it is in memory already: a simulator of kind `policy` speaks through it.
-    Without `training` the simulator is loaded, or its server asked, only if an evaluation needs it.
+    Without `training` the simulator is loaded, or its server asked, only if an evaluation needs it. `eval_sets` are
+    what evaluations play; needed where `eval.corpus` has passages for each set.
     """
-    used: set[str] = set(config.eval.search) if config.eval.data else set()
-    used |= {"simulator"} if training else set()
+    planned = planned_evaluations(config.eval)
+    used = {search for _, search in planned.values()} | ({"simulator"} if training else set())
     models = {Role.POLICY: policy}
     remote = None
     if "simulator" in used and config.simulator.kind == "openai":
@@ -237,10 +286,12 @@ def build_arena(
     codec = Codec(policy.tokenizer, chat_template=config.model.chat_template)
     searches = SearchEngines(config=config, engine=engine, remote=remote, models=models)
 
-    def player(search: str, sampling: SamplingConfig, group_size: int) -> Player:
+    def player(
+        search: SearchBackend, sampling: SamplingConfig, group_size: int, method: MethodName = "agent"
+    ) -> Player:
         return Player(
             engine,
-            searches.backend(search),
+            search,
             codec,
             game=config.game,
             sampling=sampling,
@@ -248,15 +299,19 @@ def build_arena(
             run_seed=config.seed,
             max_failed_share=config.simulator.max_failed_share,
             simulator_engine=remote,
+            method=method,
         )
 
+    training_search = searches.backend("simulator" if training else "none")
     greedy = SamplingConfig(temperature=config.eval.temperature)
-    names: Iterable[str] = config.eval.search if config.eval.data else ()
+    judges = {search: searches.judge(search, eval_sets or {}) for _, search in planned.values()}
     return Arena(
         engine=engine,
         codec=codec,
-        training_player=player("simulator" if training else "none", config.sampling, config.train.group_size),
-        evaluation_players={EVALUATION_NAMES[name]: player(name, greedy, 1) for name in names},
+        training_player=player(training_search, config.sampling, config.train.group_size),
+        evaluation_players={
+            name: player(judges[search], greedy, 1, method) for name, (method, search) in planned.items()
+        },
         remote=remote,
         retriever=searches.retriever,
         copy_policy=partial(engine.copy_weights, Role.POLICY) if engine.copies(Role.POLICY) else None,

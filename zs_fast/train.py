@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zs_fast.config import RunConfig, write_config
 from zs_fast.errors import ConfigError, EngineError, PreflightError, SimulatorError
-from zs_fast.evaluate import Evaluation, evaluate, evaluation_questions
+from zs_fast.evaluate import Evaluation, evaluate, evaluation_sets
 from zs_fast.learn.algorithms import credit, has_signal
 from zs_fast.learn.roles import Roles, score
 from zs_fast.learn.update import Updater
@@ -129,12 +129,13 @@ class _Run:
         # Data first: a bad file must not wait for models to load, nor too small a one for an evaluation.
         self.order = QuestionOrder(load_questions(config.data), config.seed)
         self.order.batch(0, config.train.questions_per_step)
-        self.eval_questions = evaluation_questions(config)
+        eval_sets = evaluation_sets(config)
+        self.eval_questions = [question for questions in eval_sets.values() for question in questions]
         device = use_device(config)
         planned = plan_line(config, str(device))
         self.policy = load_policy(config, device)
         frozen = frozen_copy(config, self.policy, device)
-        self.arena = build_arena(config, self.policy, device=device, base=frozen)
+        self.arena = build_arena(config, self.policy, device=device, base=frozen, eval_sets=eval_sets)
         stack.callback(self.arena.close)
         reference = reference_of(config, self.policy, frozen)
         if checkpoint:

@@ -179,6 +179,8 @@ class Trajectory:
     scores: Scores = field(default_factory=Scores)
     reward: float = 0.0
     """What the game gave; never overwritten by a normalised one."""
+    opening: SearchResult | None = None
+    """What was found before the first turn and stands in the prompt (the baseline `rag`)."""
     trainable: bool = True
     """False masks the whole trajectory out of the loss and of its group's statistics (a failed search)."""
 
@@ -190,7 +192,13 @@ class Trajectory:
 
     @property
     def num_searches(self) -> int:
-        return sum(turn.search is not None for turn in self.turns)
+        return len(self.searches)
+
+    @property
+    def searches(self) -> tuple[SearchResult, ...]:
+        """What was searched for, in order."""
+        found = (self.opening, *(turn.search for turn in self.turns))
+        return tuple(search for search in found if search is not None)
 
     @property
     def num_action_tokens(self) -> int:

@@ -15,8 +15,9 @@ import zs_fast.evaluate
 from zs_fast import cli
 from zs_fast.config import EvalConfig, GameConfig, ModelConfig, RunConfig, SimulatorConfig
 from zs_fast.errors import PreflightError
-from zs_fast.evaluate import evaluate_run, summarise
+from zs_fast.evaluate import evaluate_run
 from zs_fast.models.load import load_model, resolve_path
+from zs_fast.scoreboard import Result, summarise
 from zs_fast.setup import build_arena, simulator_name
 from zs_fast.system.console import LiveScreen
 from zs_fast.types import Question, Role, Scores, StopReason, Trajectory
@@ -30,13 +31,13 @@ def test_each_search_has_a_result_and_its_trajectories(tmp_path, capfd):
     assert end.value.code == 0 and captured.err == ""
     summary = json.loads(captured.out.splitlines()[-1])
     assert list(summary["results"]) == ["bm25", "closed_book"]
-    assert summary["data"] == "quickstart:heldout" and summary["temperature"] == 0.0
+    assert summary["data"] == ["quickstart:heldout"] and summary["temperature"] == 0.0
     shown = [line for line in captured.out.splitlines() if ": F1 " in line]
     assert [line.partition(":")[0] for line in shown] == ["bm25", "closed_book"]
     assert all(f"F1 {r['f1']:.3f} " in line for line, r in zip(shown, summary["results"].values(), strict=True))
     assert json.loads((tmp_path / "judged" / "evaluation.json").read_text()) == summary
     for name, result in summary["results"].items():
-        lines = (tmp_path / "judged" / f"trajectories_{name}.jsonl").read_text().splitlines()
+        lines = (tmp_path / "judged" / f"trajectories_heldout_{name}.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         assert result["num_questions"] == len(rows) == len({row["question_id"] for row in rows}) == 2
         assert result["f1"] == pytest.approx(sum(row["f1"] for row in rows) / 2)
@@ -135,10 +136,10 @@ def trajectory(number: int, f1: float, source: str) -> Trajectory:
 
 def test_means_by_hand_and_an_interval_around_them():
     played = [trajectory(n, float(n % 4 == 0), "even" if n % 2 == 0 else "odd") for n in range(100)]
-    result = summarise(played)
+    result = summarise([Result.of(one) for one in played])
     assert (result.f1, result.exact_match, result.cover_match, result.answered_share) == (0.25, 0.0, 1.0, 0.0)
     assert result.f1_by_source == {"even": 0.5, "odd": 0.0}
     deviation = (0.25 * 0.75 / 100) ** 0.5
     assert result.f1_low == pytest.approx(0.25 - 1.96 * deviation, abs=0.03)
     assert result.f1_high == pytest.approx(0.25 + 1.96 * deviation, abs=0.03)
-    assert summarise(played) == result and summarise([]).num_questions == 0
+    assert summarise([Result.of(one) for one in played]) == result and summarise([]).num_questions == 0

@@ -93,6 +93,19 @@ def test_progress_counts_the_trajectories_that_were_asked_for():
     assert {total for _, total in told} == {6}, "the fourth question is none of this call's"
 
 
+def test_each_group_is_told_once_at_once_when_it_is_finished():
+    """The slow first one, for which collect waits, holds no other back."""
+    engine = ScriptedEngine({Role.POLICY: policy}, CODEC, steps_needed=lambda request: 50 if request < 2 else 1)
+    player = player_for(engine, ScriptedSearch(documents))
+    for question in questions(4):
+        player.submit(question, step=1, noise_probability=0.0)
+    told = []
+    groups = player.collect(3, on_group=lambda group: told.append((group, engine.num_unfinished)))
+    assert [group.question.id for group, _ in told] == ["q1", "q2", "q0"]
+    assert {group.question.id: group for group, _ in told} == {group.question.id: group for group in groups}
+    assert [left for _, left in told] == [2, 2, 0]
+
+
 def test_later_groups_stay_for_the_next_collect():
     engine = ScriptedEngine({Role.POLICY: policy}, CODEC)
     player = player_for(engine, ScriptedSearch(documents))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from zs_fast.config import GameConfig, SamplingConfig
+from zs_fast.config import GameConfig, MethodName, SamplingConfig
 from zs_fast.errors import CheckpointUnusableError, EngineError, SimulatorError
 from zs_fast.rollout.carried import replay, turn_state
 from zs_fast.rollout.engine import Engine
@@ -29,6 +29,9 @@ IDLE_SLEEP_S = 0.002
 
 Progress = Callable[[int, int], None]
 """Is told (trajectories finished, trajectories asked for)."""
+
+OnGroup = Callable[[Group], None]
+"""Is told a group once it is finished."""
 
 
 class Refill(NamedTuple):
@@ -62,6 +65,9 @@ class _PlayingGroup:
     num_unfinished: int
     playing: list[_Playing] = field(default_factory=list)
 
+    def finished(self) -> Group:
+        return Group(question=self.question, trajectories=tuple(p.episode.trajectory() for p in self.playing))
+
 
 class Player:
     """Plays submitted questions `group_size` times each against a search backend.
@@ -83,6 +89,7 @@ class Player:
         max_failed_share: float,
         journal: Journal | None = None,
         simulator_engine: Engine | None = None,
+        method: MethodName = "agent",
     ) -> None:
         self._engine = engine
         self._engines: list[Engine] = [engine]
@@ -91,6 +98,7 @@ class Player:
         self._search = search
         self._codec = codec
         self._game = game
+        self._method: MethodName = method
         self._sampling = sampling
         self._group_size = group_size
         self._run_seed = run_seed
@@ -122,24 +130,32 @@ class Player:
         on_progress: Progress | None = None,
         refill: Refill | None = None,
         may_all_fail: bool = False,
+        on_group: OnGroup | None = None,
     ) -> list[Group]:
         """Play until the first `num_groups` submitted groups are finished; return those, in order of submission.
 
-        Later groups advance meanwhile and stay for the next call; `refill` starts some where places come free. Raises
-        EngineError when nothing is under way for an unfinished trajectory, and what `check_failures` raises unless
-        `may_all_fail`: where these groups are a part of a step, the share of failed searches counts over the whole.
+        `on_group` is told each of them at once, in the order in which they are finished. Later groups advance meanwhile
+        and stay for the next call; `refill` starts some where places come free. Raises EngineError when nothing is
+        under way for an unfinished trajectory, and what `check_failures` raises unless `may_all_fail`: where these
+        groups are a part of a step, the share of failed searches counts over the whole.
         """
         if num_groups > len(self._groups):
             raise EngineError(f"collect({num_groups}) of {len(self._groups)} submitted groups: submit more questions.")
         last_progress = time.monotonic()
         self._go_on()
         asked, reported = self._groups[:num_groups], -1
+        untold = list(asked) if on_group is not None else []
         num_asked = sum(len(group.playing) for group in asked)
         while True:
             num_finished = num_asked - sum(group.num_unfinished for group in asked)
             if on_progress is not None and num_finished > reported:
                 on_progress(num_finished, num_asked)
                 reported = num_finished
+            if on_group is not None:
+                for group in untold:
+                    if not group.num_unfinished:
+                        on_group(group.finished())
+                untold = [group for group in untold if group.num_unfinished]
             if num_finished == num_asked:
                 break
             if refill is not None:
@@ -154,10 +170,7 @@ class Player:
             if time.monotonic() - started < IDLE_SLEEP_S:
                 time.sleep(IDLE_SLEEP_S)
         finished, self._groups = self._groups[:num_groups], self._groups[num_groups:]
-        groups = [
-            Group(question=group.question, trajectories=tuple(p.episode.trajectory() for p in group.playing))
-            for group in finished
-        ]
+        groups = [group.finished() for group in finished]
         if not may_all_fail:
             self.check_failures(groups)
         return groups
@@ -234,6 +247,7 @@ class Player:
                 noise_probability=noise_probability,
                 game=self._game,
                 codec=self._codec,
+                method=self._method,
             )
             group.playing.append(_Playing(episode, group, repeats * self._group_size + sample))
         self._groups.append(group)
@@ -371,7 +385,7 @@ class Player:
     def check_failures(self, groups: Sequence[Group]) -> None:
         """Raise SimulatorError when more than `max_failed_share` of the groups' searches failed; while that share is
         above 0, a single failed search never stops a run."""
-        results = [turn.search for group in groups for t in group.trajectories for turn in t.turns if turn.search]
+        results = [result for group in groups for trajectory in group.trajectories for result in trajectory.searches]
         failed = [result for result in results if result.failed]
         allowed = int(self._max_failed_share * len(results))
         if self._max_failed_share > 0:

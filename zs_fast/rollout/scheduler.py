@@ -86,6 +86,10 @@ class Scheduler:
         self._request_ids.add(request_id)
         self._waiting.append(Request(request_id, list(prompt_ids), sampling, cache_salt, version, context))
 
+    def sampled_so_far(self, request_id: int) -> list[int]:
+        """Those of a running request; none where there is no such one."""
+        return next((list(r.sampled_ids) for r in self._running if r.request_id == request_id), [])
+
     def end(self, cache_salt: str) -> None:
         context = self._contexts.pop(cache_salt, None)
         if context is None:

@@ -101,6 +101,10 @@ class TransformersEngine:
         """Counts per role since the engine was made."""
         return {role: lane.stats() for role, lane in self._lanes.items()}
 
+    def sampled_so_far(self, role: Role, request_id: int) -> list[int]:
+        """The tokens of an unfinished request up to now; none for one that has not begun, or is finished."""
+        return self._lane(role).scheduler.sampled_so_far(request_id)
+
     def module(self, role: Role) -> PreTrainedModel:
         """The module that samples for `role`: the very one that was passed in."""
         return self._lane(role).model

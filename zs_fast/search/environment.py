@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zs_fast.config import GameConfig
+from zs_fast.config import GameConfig, MethodName
 from zs_fast.errors import ConfigError, EngineError
 from zs_fast.search.codec import AnyCodec
 from zs_fast.search.parser import parse_turn
-from zs_fast.search.prompts import INVALID_ACTION, observation, policy_prompt
+from zs_fast.search.prompts import INVALID_ACTION, method_prompt, observation
 from zs_fast.search.reward import score
 from zs_fast.search.untrusted import clean_document, without_cut_tag
 from zs_fast.types import (
@@ -44,7 +44,8 @@ class Episode:
                 episode.on_search_result(<documents for request>)
         trajectory = episode.trajectory()
 
-    A prompt that leaves no room for one new token is over at once, with `context_limit` and no turns.
+    A prompt that leaves no room for one new token is over at once, with `context_limit` and no turns. With a `method`
+    other than `agent` there is one completion; with `rag` a search, for the question, is awaited before it.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Episode:
         noise_probability: float,
         game: GameConfig,
         codec: AnyCodec,
+        method: MethodName = "agent",
     ) -> None:
         self.question = question
         self.sample = sample
@@ -63,20 +65,25 @@ class Episode:
         self.noise_probability = noise_probability
         self._game = game
         self._codec = codec
+        self._method = method
+        self._max_turns = game.max_turns if method == "agent" else 1
         self._num_wrapper_tokens = len(codec.encode_untrusted(observation(())))
         if game.max_observation_tokens < self._num_wrapper_tokens:
             raise ConfigError(
                 f"game.max_observation_tokens is {game.max_observation_tokens}, but the tags around the documents "
                 f"alone take {self._num_wrapper_tokens} tokens. Raise it."
             )
-        self.prompt_ids: tuple[int, ...] = tuple(codec.encode_prompt(policy_prompt(question.text)))
-        self.context_ids: list[int] = list(self.prompt_ids)
+        self.prompt_ids: tuple[int, ...] = ()
+        self.context_ids: list[int] = []
         """Prompt, sampled and observation ids so far: what the next completion is sampled from."""
         self._turns: list[Turn] = []
+        self._opening: SearchResult | None = None
         self._pending: SearchRequest | None = None
         self._stop_reason: StopReason | None = None
-        if self.max_new_tokens() < 1:
-            self._stop_reason = StopReason.CONTEXT_LIMIT
+        if method == "rag":
+            self._pending = self._request(question.text)
+        else:
+            self._open("")
 
     @property
     def turn(self) -> int:
@@ -127,14 +134,7 @@ class Episode:
         if self.done:
             return None
         if isinstance(action, Search):
-            self._pending = SearchRequest(
-                step=self.step,
-                question=self.question,
-                sample=self.sample,
-                turn=index,
-                query=action.query[: self._game.max_query_characters].rstrip(),
-                noise_probability=self.noise_probability,
-            )
+            self._pending = self._request(action.query, turn=index)
             return self._pending
         self._observe(INVALID_ACTION, self._codec.encode_untrusted(INVALID_ACTION), None)
         return None
@@ -143,12 +143,19 @@ class Episode:
         """Take the documents that were waited for; a failed search ends the trajectory."""
         assert self._pending is not None and result.request == self._pending, (self._pending, result.request)
         self._pending = None
+        is_opening = not self._turns
+        if is_opening:
+            self._opening = result
         if result.failed:
             self._stop_reason = StopReason.SEARCH_FAILED
-            self._replace_last(search=result)
+            if not is_opening:
+                self._replace_last(search=result)
             return
         text, ids = fit_documents(result.documents, self._game.max_observation_tokens, self._codec)
-        self._observe(text, ids, result)
+        if is_opening:
+            self._open(text)
+        else:
+            self._observe(text, ids, result)
 
     def trajectory(self) -> Trajectory:
         """The finished trajectory with its scores; the reward is the F1 of the terminating answer."""
@@ -164,7 +171,26 @@ class Episode:
             stop_reason=self._stop_reason,
             scores=scores,
             reward=scores.f1,
+            opening=self._opening,
             trainable=self._stop_reason is not StopReason.SEARCH_FAILED,
+        )
+
+    def _open(self, documents: str) -> None:
+        """Begin with the prompt, if a completion has room behind it."""
+        prompt = method_prompt(self._method, self.question.text, documents)
+        self.prompt_ids = tuple(self._codec.encode_prompt(prompt))
+        self.context_ids = list(self.prompt_ids)
+        if self.max_new_tokens() < 1:
+            self._stop_reason = StopReason.CONTEXT_LIMIT
+
+    def _request(self, query: str, turn: int = 0) -> SearchRequest:
+        return SearchRequest(
+            step=self.step,
+            question=self.question,
+            sample=self.sample,
+            turn=turn,
+            query=query[: self._game.max_query_characters].rstrip(),
+            noise_probability=self.noise_probability,
         )
 
     def _room(self) -> int:
@@ -176,7 +202,7 @@ class Episode:
             return StopReason.ANSWER
         if completion.finish_reason is FinishReason.LENGTH and action == Invalid("no_action"):
             return StopReason.LENGTH_LIMIT if limit == self._game.max_new_tokens else StopReason.CONTEXT_LIMIT
-        if self.turn >= self._game.max_turns:
+        if self.turn >= self._max_turns:
             return StopReason.TURN_LIMIT
         if isinstance(action, Search) and self._room() < self._num_wrapper_tokens + 1:
             return StopReason.CONTEXT_LIMIT  # nobody could read the documents

@@ -6,9 +6,10 @@ The policy prompt, the observation form and the fine-tuned simulator's prompt ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from zs_fast.config import MethodName
 from zs_fast.types import SearchMode, SearchRequest
 
 STOP_STRINGS = ("</search>", "</answer>")
@@ -29,6 +30,29 @@ _POLICY_TEMPLATE = (
     "If you find no further external knowledge needed, you can directly provide the answer inside <answer> and "
     "</answer>, without detailed illustrations. For example, <answer> Beijing </answer>. Question: {question}\n"
 )
+
+_BASELINE_TEMPLATES: Mapping[str, str] = {
+    "direct": (
+        "Answer the given question right away, from what you know. Write nothing but the answer, as short as it can "
+        "be, between <answer> and </answer>. For example, <answer> Beijing </answer>. Question: {question}\n"
+    ),
+    "cot": (
+        "Answer the given question. Work towards it step by step, in a few sentences, and end with the answer, as "
+        "short as it can be, between <answer> and </answer>. For example, <answer> Beijing </answer>. "
+        "Question: {question}\n"
+    ),
+    "rag": (
+        "Answer the given question with the help of the documents below, which a search engine returned for it. Write "
+        "nothing but the answer, as short as it can be, between <answer> and </answer>. For example, "
+        "<answer> Beijing </answer>.\n\n{documents}\n\nQuestion: {question}\n"
+    ),
+    "r1": (
+        "Answer the given question. You must conduct your reasoning inside <think> and </think> first. After that, "
+        "provide the answer inside <answer> and </answer>, without detailed illustrations. For example, "
+        "<answer> Beijing </answer>. Question: {question}\n"
+    ),
+}
+"""What a policy is asked where it does not play the game. ZeroSearch's own wordings of these were not published."""
 
 _FINE_TUNED_TEMPLATE = """You are the Google search engine.
 Given a query, you need to generate {number} {mode} documents for the query.
@@ -97,10 +121,22 @@ _NUMBER_WORDS = (
 
 def policy_prompt(question_text: str) -> str:
     """The user message that starts a trajectory. The question is stripped and ends with `?` (added if missing)."""
-    question = question_text.strip()
-    if not question.endswith("?"):
-        question += "?"
-    return _POLICY_TEMPLATE.replace("{question}", question)
+    return _POLICY_TEMPLATE.replace("{question}", _as_question(question_text))
+
+
+def method_prompt(method: MethodName, question_text: str, documents: str = "") -> str:
+    """The user message of an evaluation by `method`; `documents` is the observation that `rag` has in its prompt."""
+    if method == "agent":
+        return policy_prompt(question_text)
+    before, place, after = _BASELINE_TEMPLATES[method].partition("{documents}")
+    text = before + documents.strip() + after if place else before
+    head, _, tail = text.rpartition("{question}")
+    return head + _as_question(question_text) + tail
+
+
+def _as_question(text: str) -> str:
+    question = text.strip()
+    return question if question.endswith("?") else question + "?"
 
 
 def observation(documents: Sequence[str]) -> str:

@@ -40,10 +40,18 @@ def clean_document(text: str, reserved_strings: Iterable[str]) -> str:
     attributes, slash) and of a reserved string becomes `&lt;`; a reserved string that starts otherwise gets a space
     after its first character. Text without any of these comes back byte-identical. Linear time.
     """
-    text = _CONTROLS.sub("", text)
-    text = _SURROGATES.sub("\ufffd", text)
+    text = without_controls(text)
     text = _PROTOCOL_TAG.sub("&lt;", text)
     return break_strings(text, reserved_strings)
+
+
+def without_controls(text: str) -> str:
+    """The text as a terminal may show it: no escape sequence, no carriage return, nothing that reorders what is read.
+
+    Tabs and newlines stay; a lone surrogate becomes U+FFFD. Character by character, so that pieces may be cleaned as
+    they come.
+    """
+    return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", text))
 
 
 def without_cut_tag(text: str) -> str:

@@ -100,12 +100,13 @@ def training_questions(config: RunConfig) -> list[Question]:
             f"{config.data}: {len(named)} of {len(questions)} questions are no training questions by their ids (first: "
             f"{named[0]!r}). Test sets never train anything, a simulator neither: leave them out."
         )
-    judged = {normalise(q.text) for q in load_questions(config.eval.data)} if config.eval.data else set()
+    judged = {normalise(question.text) for spec in config.eval.data for question in load_questions(spec)}
     shared = [question.id for question in questions if normalise(question.text) in judged]
     if shared:
         raise DataError(
-            f"{config.data}: {len(shared)} of {len(questions)} questions are in eval.data = {config.eval.data!r} too "
-            f"(first: {shared[0]!r}). What a simulator is made from must never judge a policy: leave them out."
+            f"{config.data}: {len(shared)} of {len(questions)} questions are in eval.data too "
+            f"({', '.join(config.eval.data)}; first: {shared[0]!r}). "
+            "What a simulator is made from must never judge a policy: leave them out."
         )
     count = config.collect.questions or len(questions)
     return QuestionOrder(questions, config.seed).batch(0, min(count, len(questions)))
@@ -196,7 +197,7 @@ def _play_policy(
                 update={"kind": config.collect.search, "documents": config.collect.documents, "adapter": ""}
             ),
             "train": config.train.model_copy(update={"group_size": config.collect.samples}),
-            "eval": config.eval.model_copy(update={"data": ""}),
+            "eval": config.eval.model_copy(update={"data": ()}),
         }
     )
     device = use_device(playing)

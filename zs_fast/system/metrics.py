@@ -198,6 +198,7 @@ def rollout_row(step: int, trajectory: Trajectory, decode: Decode) -> dict[str, 
         "trainable": trajectory.trainable,
         "prompt": decode(trajectory.prompt_ids),
         "prompt_tokens": len(trajectory.prompt_ids),
+        **({} if trajectory.opening is None else {"opening": _search_row(trajectory.opening)}),
         "turns": [_turn_row(turn, decode) for turn in trajectory.turns],
     }
 
