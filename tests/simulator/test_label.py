@@ -55,9 +55,11 @@ def examples(folder: Path, split: str = "train") -> list[tuple[str, list[str]]]:
     return [(row["instruction"], list(parse_documents(row["output"], 2).documents)) for row in rows]
 
 
-def test_by_answer_each_search_can_give_one_of_each(tmp_path: Path) -> None:
+def test_by_answer_each_search_can_give_one_of_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     played = [trajectory(number) for number in range(20)]
     summary = label(settings(tmp_path, played))
+    shown = capsys.readouterr().out
+    assert "train: questions 16" in shown and "useful_contains_answer 1, noisy_contains_answer 0" in shown
     found = examples(tmp_path)
     assert len(found) == summary["train"]["examples"] == 2 * 16 and summary["validation"]["examples"] == 2 * 4
     for prompt, documents in found:

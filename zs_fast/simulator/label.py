@@ -91,6 +91,7 @@ def label(config: RunConfig) -> dict[str, Any]:
                 )
             _write(output, split, labels, config)
             summary[split] = labels.counts
+            print(f"{split}: " + ", ".join(f"{name} {value:.4g}" for name, value in labels.counts.items()), flush=True)
         write_json(output / SUMMARY_FILE, summary)
     return summary
 
