@@ -64,6 +64,15 @@ class SimulatorConfig(Section):
     with an adapter (`model.lora_rank`), whose base stays as it is."""
     path: str = "quickstart:simulator"
     """The simulator's model (kind `model`); the same forms as `model.path`."""
+    process: Literal["inside", "child"] = "inside"
+    """Kind `model`: `inside` has it in this process; `child` behind an OpenAI-compatible server on 127.0.0.1 that the
+    run starts, watches and ends, on the first card that is visible. It is asked as kind `openai` is, so that its texts
+    are not reproducible."""
+    server_command: tuple[str, ...] = ()
+    """Process `child`: the server's command, word by word; {port} and {model} are filled in, and the model must answer
+    to the name `simulator`. Empty takes vLLM's server."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Process `child`: longest wait for the server's first sign of health, in seconds."""
     template: Literal["fine_tuned", "prompted"] = "fine_tuned"
     """Which of ZeroSearch's two prompt forms: for a simulator that was fine-tuned, or for any instruct model."""
     documents: Annotated[int, Field(ge=1, le=20)] = 5
@@ -89,6 +98,9 @@ class SimulatorConfig(Section):
     """Most requests on the way to a remote server at once."""
     corpus: str = "quickstart:world"
     """Passages for kind `bm25`: jsonl(.gz) with id, title, text (or contents), or `quickstart:world`."""
+    offload_weights: bool = False
+    """Keep the weights of a model of its own in main memory while the policy is scored and updated (CUDA; the copies
+    run beside the phases; unmeasured). Weights that other roles read too stay where they are."""
     max_failed_share: Probability = 0.1
     """A step stops the run when more than this share of its searches failed."""
 
@@ -404,6 +416,9 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass: less memory, about a quarter more time."""
     offload_activations: bool = False
     """Keep what gradient checkpointing still holds, one hidden state per layer, in main memory until it is needed."""
+    offload_optimizer_state: bool = False
+    """Keep AdamW's moments, and float32 masters of narrower weights, in main memory during the rollout: room for keys
+    and values (CUDA; the copies run beside the phases; unmeasured). The update is the one without it, bit for bit."""
     sharding: Literal["none", "fsdp2"] = "none"
     """`fsdp2`: the trained weights, their gradients and AdamW's moments lie in pieces on all processes, for a model
     whose training is too large for one card; each process keeps a whole copy in model.dtype to play with."""
@@ -418,6 +433,11 @@ class TrainConfig(Section):
             raise ValueError(
                 "train.offload_activations is true, but train.gradient_checkpointing is false: without it all "
                 "activations would have to travel. Set both, or neither."
+            )
+        if self.offload_optimizer_state and self.optimizer == "adamw_offload":
+            raise ValueError(
+                "train.offload_optimizer_state is true, but with train.optimizer = 'adamw_offload' that state is in "
+                "main memory all the time. Leave one out."
             )
         return self
 
@@ -648,6 +668,17 @@ class RunConfig(Section):
                 f"simulator.adapter is {self.simulator.adapter!r}, but simulator.kind is {self.simulator.kind!r}: only "
                 "kind = 'policy' speaks through an adapter on the policy's base. For a model of its own, set "
                 "simulator.path to the adapter's folder."
+            )
+        simulator = self.simulator
+        if simulator.offload_weights and (simulator.kind in ("openai", "bm25") or simulator.process == "child"):
+            raise ValueError(
+                f"simulator.offload_weights is true, but a simulator of kind {simulator.kind!r} and process "
+                f"{simulator.process!r} has no weights in this process. Leave it out."
+            )
+        if simulator.kind != "model" and simulator.process == "child":
+            raise ValueError(
+                f"simulator.process is 'child', but simulator.kind is {simulator.kind!r}: only a model of its own can "
+                "run in a process of its own. Set simulator.kind = 'model' and simulator.path, or leave it out."
             )
         if self.critic.lora_rank and self.critic.path:
             raise ValueError(

@@ -25,6 +25,7 @@ from zs_fast.learn.roles import Roles, score
 from zs_fast.learn.update import Updater
 from zs_fast.models.attention import use_attention
 from zs_fast.models.load import DTYPES, save_model
+from zs_fast.offloading import offloads
 from zs_fast.ranks import (
     check_recipe,
     check_sharding,
@@ -50,7 +51,7 @@ from zs_fast.system.files import FileOperations, replace_file
 from zs_fast.system.hardware import present_machine
 from zs_fast.system.memory import Memory, Phase
 from zs_fast.system.metrics import RunLog, SilentLog
-from zs_fast.system.plan_report import brief, plan_run, refuse_if_too_large
+from zs_fast.system.plan_report import brief, plan_run, refuse_if_too_large, with_plan
 from zs_fast.system.rollout_metrics import rollout_metrics, staleness_metrics
 from zs_fast.types import Group
 
@@ -135,7 +136,8 @@ class _Run:
         planned = plan_line(config, str(device))
         self.policy = load_policy(config, device)
         frozen = frozen_copy(config, self.policy, device)
-        self.arena = build_arena(config, self.policy, device=device, base=frozen, eval_sets=eval_sets)
+        with with_plan(planned):
+            self.arena = build_arena(config, self.policy, device=device, base=frozen, eval_sets=eval_sets)
         stack.callback(self.arena.close)
         reference = reference_of(config, self.policy, frozen)
         if checkpoint:
@@ -159,7 +161,13 @@ class _Run:
         )
         self.publisher = publisher(config, self.arena, self.trained)
         self.counts = StepCounts(self.arena.engine)
-        self.memory = Memory(device, engine=self.arena.engine if config.engine.release_kv else None)
+        offloading = offloads(config, self.arena.engine, self.updater, device)
+        self.memory = Memory(
+            device,
+            engine=self.arena.engine if config.engine.release_kv else None,
+            offloads=offloading.parts,
+            copies=offloading.copies,
+        )
         self.evaluations: dict[str, dict[str, Any]] = {}
         self.saved_step = self.evaluated_step = self.batches_played = self.first_step - 1
         self.carried: list[dict[str, Any]] = []
@@ -170,7 +178,7 @@ class _Run:
         self.log.note(planned)
         for warning in self.log.truncate(checkpoint.step if checkpoint else -1) + store.warnings:
             self.log.note(warning)
-        for choice in self.arena.choices:
+        for choice in (*self.arena.choices, *offloading.choices):
             self.log.note(choice)
         if device.type == "cuda":
             dtype = DTYPES[config.model.dtype]

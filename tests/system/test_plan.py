@@ -25,7 +25,7 @@ from zs_fast.system.plan import (
     plan_memory,
     slot_capacity,
 )
-from zs_fast.system.plan_report import MARGIN, brief, changed, plan_run, refuse_if_too_large, render
+from zs_fast.system.plan_report import MARGIN, brief, changed, plan_run, refuse_if_too_large, render, with_plan
 from zs_fast.system.shapes import KNOWN, Shape, shape_of
 from zs_kernels import _linear
 
@@ -321,3 +321,51 @@ def test_times_grow_with_the_work():
     assert all(slow[phase] > fast[phase] > 0 for phase in slow)
     more = plan_run(changed(config, "train.group_size", 10), gpu("rtx4090")).seconds
     assert more[PlanPhase.UPDATE] == pytest.approx(2 * slow[PlanPhase.UPDATE], rel=0.01)
+
+
+def test_what_is_moved_between_phases_is_counted_where_it_is():
+    both = {"train.offload_optimizer_state": "true", "simulator.offload_weights": "true", "engine.release_kv": "true"}
+    plain, moved = (
+        plan_memory(load_recipe(["quickstart"], {key: [value] for key, value in options.items()}), is_cuda=True)
+        for options in ({"engine.release_kv": "true"}, both)
+    )
+    assert total(moved, PlanPhase.ROLLOUT, Part.MOMENTS) == 0 < total(plain, PlanPhase.ROLLOUT, Part.MOMENTS)
+    assert total(moved, PlanPhase.UPDATE, Part.MOMENTS) == total(plain, PlanPhase.UPDATE, Part.MOMENTS)
+    for phase in (PlanPhase.SCORE, PlanPhase.UPDATE):
+        assert total(moved, phase, Part.WEIGHTS, "simulator") == 0 < total(plain, phase, Part.WEIGHTS, "simulator")
+    assert total(moved, PlanPhase.ROLLOUT, Part.WEIGHTS) == total(plain, PlanPhase.ROLLOUT, Part.WEIGHTS)
+    on_cpu = plan_memory(load_recipe(["quickstart"], {key: [value] for key, value in both.items()}))
+    assert total(on_cpu, PlanPhase.ROLLOUT, Part.MOMENTS) > 0, "main memory is where they are"
+    alone = load_recipe(["quickstart"], {"train.offload_optimizer_state": ["true"]})
+    assert total(plan_memory(alone, is_cuda=True), PlanPhase.ROLLOUT, Part.MOMENTS) > 0, "nothing to be gained"
+
+
+def on_a_card(monkeypatch, *, free: int, total: int, own: int = 0) -> Hardware:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (free, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda card: own)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda card: "NVIDIA H100 80GB HBM3")
+    return present_machine("cuda")
+
+
+def test_what_other_processes_hold_of_the_card_is_told(monkeypatch):
+    config = load_recipe(["grpo_qwen2.5_3b_full_80gb"], {})
+    alone = on_a_card(monkeypatch, free=75 * GIB, total=79 * GIB, own=4 * GIB - (1 << 29))
+    assert alone.held_by_others == 1 << 29 and alone.memory_bytes == 79 * GIB - (1 << 29)
+    assert "other processes" not in brief(plan_run(config, alone))
+    crowded = on_a_card(monkeypatch, free=9 * GIB, total=79 * GIB)
+    assert crowded.name == "NVIDIA H100 80GB HBM3" and crowded.held_by_others == 70 * GIB
+    told = r"other processes hold 70\.0 GiB of it; nvidia-smi .* CUDA_VISIBLE_DEVICES"
+    with pytest.raises(MemoryBudgetError, match=told):
+        refuse_if_too_large(config, plan_run(config, crowded))
+    room = on_a_card(monkeypatch, free=70 * GIB, total=79 * GIB)
+    refuse_if_too_large(config, plan_run(config, room))
+    assert "other processes hold 9.0 GiB" in brief(plan_run(config, room)), "it fits, and is told"
+
+
+def test_an_engine_that_finds_too_little_memory_says_so_with_the_plan(monkeypatch):
+    config = load_recipe(["grpo_qwen2.5_3b_full_80gb"], {})
+    planned = brief(plan_run(config, gpu("24GiB")))
+    told = r"vLLM has none left\nmemory planned.*\nChange, in this order"
+    with pytest.raises(MemoryBudgetError, match=told), with_plan(planned):
+        raise MemoryBudgetError("vLLM has none left")

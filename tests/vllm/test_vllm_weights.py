@@ -261,6 +261,32 @@ def test_weights_that_can_not_be_shared_are_copied_and_the_reason_is_told(
     assert difference(loaded, prompt(0, 60), sample(engine, prompt(0, 60))) <= 1e-5
 
 
+@pytest.mark.parametrize("viewable", [True, False])
+def test_a_copy_that_was_discarded_with_the_cache_is_the_last_published_one_again(
+    viewable, small, vllm_engine, sample, prompt, difference, monkeypatch
+):
+    """As in a step: discarded while the update runs, written by the publish, read by the next rollout."""
+
+    def refuse(module):
+        raise PreflightError("vLLM splits model.embed_tokens.weight over 2 GPUs (tensor parallel).")
+
+    if not viewable:
+        monkeypatch.setattr("zs_fast.rollout.vllm_model.served_tensors", refuse)
+    loaded = small()
+    engine = vllm_engine(loaded, weights="copied")
+    assert "and the copies of weights" in engine.choices()[-1]
+    size = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    before = sample(engine, prompt(0, 60))
+    assert engine.release_kv() >= size, "the cache and vLLM's copy"
+    assert sample(engine, prompt(0, 60)).logprobs == before.logprobs, "written again with nothing published"
+    engine.release_kv()
+    step(loaded, optimizer_for(loaded, 1e-2))
+    assert engine.copy_weights(POLICY) == size
+    engine.publish(1)
+    engine.acquire_kv()
+    assert difference(loaded, prompt(0, 60), sample(engine, prompt(0, 60))) <= 1e-5
+
+
 def test_shared_weights_are_said_to_be_so(small, vllm_engine):
     engine = vllm_engine(small())
     assert not engine.copies(POLICY) and engine.copy_weights(POLICY) == 0

@@ -38,6 +38,10 @@ class AdamW32:
         state = self._adamw.state.get(master)
         return {short: state[key] for short, key in self._KEYS} if state else {}
 
+    def moments(self, master: Tensor) -> list[Tensor]:
+        """Of one tensor; none before the first step."""
+        return [self._adamw.state[master][key] for _, key in self._KEYS[:2]] if self._adamw.state.get(master) else []
+
     def load(self, name: str, master: Tensor, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_of` gave for the tensor called `name`."""
         require_keys(name, state, {short for short, _ in self._KEYS})
@@ -70,6 +74,11 @@ class AdamW8:
             key: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
             for key, value in state.items()
         }
+
+    def moments(self, master: Tensor) -> list[Tensor]:
+        """Of one tensor; none before the first step."""
+        state = self._adamw.state.get(master) or {}
+        return [state[key] for key in ("state1", "state2") if key in state]
 
     def load(self, name: str, master: Tensor, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_of` gave for the tensor called `name`."""

@@ -65,6 +65,8 @@ class Optimizer:
         self.position = 0
         """Optimizer steps gone by, skipped ones included: what the schedule counts."""
         self.num_skipped = 0
+        self.before_use: Callable[[], None] = _nothing
+        """Called before masters or moments are read or written: they may be elsewhere between the updates."""
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._masters: dict[str, Tensor] = {}
         """What AdamW works on: a float32 parameter itself, or this rank's piece of one in the same memory, or a float32
@@ -144,6 +146,7 @@ class Optimizer:
 
     def step(self) -> None:
         """One AdamW step with the gradients that lie there; they are dropped."""
+        self.before_use()
         if self._offloads:
             self._fetch_gradients()
         self._adamw.step(self.learning_rate)
@@ -170,11 +173,21 @@ class Optimizer:
         self.position += 1
         self.num_skipped += 1
 
+    def trained(self) -> list[Tensor]:
+        """The parameters that are stepped."""
+        return list(self._parameters.values())
+
+    def own_tensors(self) -> list[Tensor]:
+        """Moments that there are by now, and masters that are copies: what nobody but the optimizer reads."""
+        masters = [master for name, master in self._masters.items() if name in self._copied]
+        return [*masters, *(moment for master in self._masters.values() for moment in self._adamw.moments(master))]
+
     def state_tensors(self) -> dict[str, Tensor]:
         """AdamW's step counts and moments by parameter name, and masters of narrower weights: what a resume needs.
 
         Where weights are in pieces all ranks must call; the main one gets whole tensors on the CPU, the others nothing.
         """
+        self.before_use()
         tensors: dict[str, Tensor] = {}
         for name, master in self._masters.items():
             own = {f"{self._adamw.prefix}.{part}": tensor for part, tensor in self._adamw.state_of(master).items()}
@@ -189,6 +202,7 @@ class Optimizer:
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state_tensors` gave. CheckpointUnusableError unless names and shapes are this model's."""
+        self.before_use()
         states: dict[str, dict[str, Tensor]] = {name: {} for name in self._masters}
         for key, tensor in tensors.items():
             prefix, _, rest = key.partition(".")
@@ -212,6 +226,10 @@ class Optimizer:
                     master.copy_(piece_of(saved, parameter))
                 if state:
                     self._adamw.load(name, master, {part: piece_of(t, parameter) for part, t in state.items()})
+
+
+def _nothing() -> None:
+    """Masters and moments are where they always were."""
 
 
 def _moves_grad_to(master: Tensor) -> Callable[[Tensor], None]:

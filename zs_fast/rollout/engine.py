@@ -6,7 +6,7 @@ may be added between any two steps.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -109,6 +109,10 @@ class LocalEngine(Engine, Protocol):
 
     def served(self, role: Role) -> Mapping[str, Any]:
         """The tensors that `role` is sampled with at this moment, by the names they have in `module(role)`."""
+        ...
+
+    def before_use(self, role: Role, call: Callable[[], None]) -> None:
+        """Call this whenever a request of `role` is added: the role's weights may be elsewhere until then."""
         ...
 
     def stats(self) -> dict[Role, EngineStats]:

@@ -7,7 +7,7 @@ and values live in preallocated slots and stay there between the turns of a traj
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -46,6 +46,7 @@ class TransformersEngine:
         if slots < 1:
             raise EngineError(f"engine.slots is {slots}; at least 1 is needed.")
         self._lanes: dict[Role, _Lane] = {}
+        self._before_use: dict[Role, Callable[[], None]] = {}
         self._version = 0
         for role, loaded in models.items():
             limit = max_context_tokens if isinstance(max_context_tokens, int) else max_context_tokens[role]
@@ -62,7 +63,10 @@ class TransformersEngine:
     def add(
         self, request_id: int, prompt_ids: list[int], sampling: Sampling, *, role: Role, cache_salt: str | None = None
     ) -> None:
-        self._lane(role).add(request_id, prompt_ids, sampling, cache_salt, self._version)
+        lane = self._lane(role)
+        if role in self._before_use:
+            self._before_use[role]()
+        lane.add(request_id, prompt_ids, sampling, cache_salt, self._version)
 
     def step(self) -> list[Completion]:
         return [completion for lane in self._lanes.values() for completion in lane.step()]
@@ -96,6 +100,9 @@ class TransformersEngine:
         for lane in self._lanes.values():
             lane.slots.release()
         self._lanes = {}
+
+    def before_use(self, role: Role, call: Callable[[], None]) -> None:
+        self._before_use[role] = call
 
     def stats(self) -> dict[Role, EngineStats]:
         """Counts per role since the engine was made."""

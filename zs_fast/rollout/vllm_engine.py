@@ -63,6 +63,7 @@ class VllmEngine:
             raise EngineError(f"engine.slots is {slots}; at least 1 is needed.")
         self._version = 0
         self._lanes: dict[Role, _Lane] = {}
+        self._before_use: dict[Role, Callable[[], None]] = {}
         self._served: list[ServedModel] = []
         self._frozen = frozenset(frozen)
         settings = ServingSettings(
@@ -106,6 +107,9 @@ class VllmEngine:
     ) -> None:
         lane = self._lane(role)
         self.acquire_kv()
+        if role in self._before_use:
+            self._before_use[role]()
+        lane.served.prove_copy()
         lane.add(request_id, prompt_ids, sampling, self._version)
 
     def step(self) -> list[Completion]:
@@ -146,10 +150,13 @@ class VllmEngine:
         for served in self._served:
             served.core.forget_kv()
         self._kv_is_released = True
-        return self._kv.release()
+        return self._kv.release() + sum(served.discard_copy() for served in self._served)
 
     def acquire_kv(self) -> None:
+        """Copies of weights that were discarded with the keys and values are written again."""
         if self._kv is not None and self._kv_is_released:
+            for served in self._served:
+                served.restore_copy()
             self._kv.acquire()
             self._kv_is_released = False
 
@@ -158,6 +165,9 @@ class VllmEngine:
         for served in self._served:
             served.core.close()
         self._lanes, self._served = {}, []
+
+    def before_use(self, role: Role, call: Callable[[], None]) -> None:
+        self._before_use[role] = call
 
     def stats(self) -> dict[Role, EngineStats]:
         """Counts per role since the engine was made; the probe's are not among them."""
@@ -186,8 +196,18 @@ class VllmEngine:
             shared = "one copy, shared with the trainer" if not served.unshared_because else "copied at every publish"
             why = f" ({served.unshared_because})" if served.unshared_because else ""
             lines.append(f"vLLM's weights of {served.loaded.name} ({', '.join(served.roles)}): {shared}{why}")
-        kept = f"stays: {self._kv_stays_because}" if self._kv_stays_because else "can be given back between rollouts"
-        return [*lines, f"vLLM's memory for keys and values {kept}"]
+        return [*lines, self._choice_of_memory()]
+
+    def _choice_of_memory(self) -> str:
+        """Which link of the chain in docs/vllm.md holds; a simulator in a process of its own is the last."""
+        copied = [served for served in self._served if served.unshared_because]
+        if self._kv_stays_because:
+            weights = "copies of weights" if copied else "weights shared,"
+            return f"vLLM's memory: {weights} {'and ' if copied else ''}keys and values stay: {self._kv_stays_because}"
+        if not copied:
+            return "vLLM's memory: weights shared, keys and values can be given back between rollouts"
+        copies = "the copies of weights" if all(served.can_discard for served in copied) else "no copy of weights"
+        return f"vLLM's memory: keys and values can be given back between rollouts, and {copies}"
 
     def _lane(self, role: Role) -> _Lane:
         if role not in self._lanes:

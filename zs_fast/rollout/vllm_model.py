@@ -72,6 +72,12 @@ class ServedModel:
                 tensor.shape[0] for tensors in adapters.values() for name, tensor in tensors.items() if "lora_A" in name
             )
             rank = next((fitting for fitting in LORA_RANKS if fitting >= largest), largest)
+        self._keeps_addresses = settings.device.type == "cuda" and not settings.enforce_eager
+        """CUDA graphs hold the addresses of weights: these can't come back elsewhere."""
+        self._discarded: list[tuple[torch.UntypedStorage, int]] = []
+        """Of vLLM's own copy, with their sizes."""
+        self._is_proven = True
+        self._num_probes = 0
         self._slots: AdapterSlots | None = None
         self._slot_of: dict[Role, str] = {}
         if rank:
@@ -170,28 +176,75 @@ class ServedModel:
                 served[name].copy_(value)
 
     def copy_weights(self) -> int:
-        """Write the trained values into vLLM's memory; the bytes written, 0 where the memory is one.
+        """Write the trained values into vLLM's memory, and what was discarded; the bytes written, 0 where the memory
+        is one.
 
-        Raises EngineError if vLLM does not hold them afterwards: one tensor is compared, bit for bit.
+        Raises EngineError if vLLM does not hold them afterwards: one tensor is compared, bit for bit. Where the layout
+        is another one, the next request is preceded by a probe (`prove_copy`).
         """
         if self.unshared_because == "":
             return 0
-        trained = adapter_tensors(self.loaded.model) or dict(self.loaded.model.named_parameters())
-        if self._rank and self._slots is not None:
-            self._slots.write(self._slot_of[self._own_role], trained)
-        else:
+        adapter = adapter_tensors(self.loaded.model)
+        everything = dict(self.loaded.model.named_parameters())
+        written = everything if self._regain() else adapter or everything
+        if len(written) > len(adapter):
             self._copy_base()
-        self._check_copied(trained)
-        return sum(tensor.nbytes for tensor in trained.values())
+        if self._rank and self._slots is not None:
+            self._slots.write(self._slot_of[self._own_role], adapter)
+        self._check_copied(written)
+        return sum(tensor.nbytes for tensor in written.values())
 
-    def _check_copied(self, trained: Mapping[str, Tensor]) -> None:
+    def _check_copied(self, written: Mapping[str, Tensor]) -> None:
         try:
             served = self.served()
         except PreflightError:
-            return  # another layout than ours: the probe at the start compared what comes out of it
-        name = next(reversed(list(trained)))
-        if not torch.equal(served[name], trained[name]):
+            self._is_proven = False  # another layout than ours: only what comes out of it can be compared
+            return
+        name = next(reversed(list(written)))
+        if not _same_bits(served[name], written[name]):
             raise EngineError(f"{name} was copied to vLLM, which holds other values afterwards: it can't be trained.")
+
+    def prove_copy(self) -> None:
+        """Compare what comes out of a copy that can't be compared itself, if that is due and nothing is under way.
+
+        Raises EngineError where vLLM's log-probabilities are not the trainer's. Weights that are not all finite prove
+        nothing.
+        """
+        if self._is_proven or self.core.num_unfinished:
+            return
+        self._is_proven = True
+        if all(bool(parameter.isfinite().all()) for parameter in self.loaded.model.parameters()):
+            self.probe_difference = probe(self.loaded, self._sample)
+
+    @property
+    def can_discard(self) -> bool:
+        """Has vLLM a copy of the weights that may go, and come back elsewhere?"""
+        return bool(self.unshared_because) and not self._keeps_addresses
+
+    def discard_copy(self) -> int:
+        """Give the memory of vLLM's own copy of the weights back; the bytes that came free. `copy_weights` writes it
+        again. Memory that the trainer's weights lie in stays."""
+        if not self.can_discard or self._discarded:
+            return 0
+        ours = {parameter.untyped_storage()._cdata for parameter in self.loaded.model.parameters()}
+        theirs = {p.untyped_storage()._cdata: p.untyped_storage() for p in self.core.module.parameters()}
+        self._discarded = [(storage, storage.nbytes()) for key, storage in theirs.items() if key not in ours]
+        for storage, _ in self._discarded:
+            storage.resize_(0)
+        return sum(size for _, size in self._discarded)
+
+    def restore_copy(self) -> None:
+        """Write vLLM's own copy again where it was discarded."""
+        if self._discarded:
+            self.copy_weights()
+
+    def _regain(self) -> bool:
+        """Have memory for vLLM's copy; True where it was discarded, so that all of it must be written."""
+        for storage, size in self._discarded:
+            storage.resize_(size)
+            storage.fill_(0)  # rows beyond the vocabulary, which nobody writes
+        was_discarded, self._discarded = bool(self._discarded), []
+        return was_discarded
 
     def served(self) -> dict[str, Tensor]:
         """What is sampled with at this moment, by the trainer's names: the weights, and the own adapter's slot."""
@@ -227,20 +280,28 @@ class ServedModel:
             self.core.forget_kv()
 
     def _sample(self, prompt_ids: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
-        """Greedy ids and log-probabilities, with nothing else in the engine."""
+        """Greedy ids and log-probabilities, with nothing else in the engine and no keys of an earlier probe."""
+        self._num_probes += 1
         self.core.add(
             PROBE_KEY,
             prompt_ids,
             Sampling(max_new_tokens=num_tokens, temperature=0.0),
             eos_ids=(),
             stopped=None,
-            salt=PROBE_KEY,
+            salt=f"{PROBE_KEY}{self._num_probes}",
             with_logprobs=True,
             adapter=self.adapter(self._own_role),
         )
         while True:
             for finished in self.core.step():
                 return finished.token_ids, finished.logprobs
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Unlike torch.equal, of numbers that are none, too."""
+    return one.dtype == other.dtype and torch.equal(
+        one.detach().contiguous().view(torch.uint8), other.detach().contiguous().view(torch.uint8)
+    )
 
 
 def _targets(loaded: LoadedModel, adapters: Mapping[Role, Mapping[str, Tensor]]) -> tuple[str, ...]:

@@ -28,6 +28,8 @@ class Hardware:
     flop_per_s: float
     """bfloat16 products on a card, float32 on a CPU, as reached."""
     is_cuda: bool = True
+    held_by_others: int = 0
+    """Bytes of the card that other processes hold (with this one's own driver context, where that is there already)."""
 
 
 def _card(name: str, memory_gib: float, terabytes_per_s: float, teraflop_per_s: float) -> Hardware:
@@ -48,6 +50,8 @@ CARDS = {
     )
 }
 """Data sheets: memory that the driver shows, bandwidth, dense bfloat16 products summed in float32."""
+MUCH_BYTES = 1 << 30
+"""Of a card in other hands that is worth a word: more than a driver's context of this process."""
 CORE_FLOP_PER_S, CPU_BYTES_PER_S = 8e10, 1.3e10
 """Of one core of a server processor with AVX-512, float32, and of its memory seen from one core: rough."""
 
@@ -119,8 +123,10 @@ def present_machine(device: str, threads: int = 0) -> Hardware:
     if not torch.cuda.is_available():
         return main_memory(threads)
     card = torch.device("cuda" if device == "auto" else device)
-    free, _ = torch.cuda.mem_get_info(card)
+    free, total = torch.cuda.mem_get_info(card)
+    own = torch.cuda.memory_reserved(card)
+    others = max(0, total - free - own)
     name = torch.cuda.get_device_name(card)
     key = re.sub(r"[^a-z0-9]", "", name.lower())
-    known = next((one for one in CARDS.values() if one.name in key), None) or gpu(f"{max(1, free // GIB)}GiB")
-    return replace(known, name=name, memory_bytes=free)
+    known = next((one for one in CARDS.values() if one.name in key), None) or gpu(f"{max(1, total // GIB)}GiB")
+    return replace(known, name=name, memory_bytes=free + own, held_by_others=others)

@@ -155,15 +155,16 @@ def plan_memory(config: RunConfig, *, is_cuda: bool = False, lengths: Lengths | 
     lengths = lengths or longest(config)
     models = _models(config)
     kept = [*_states(config, models, is_cuda=is_cuda)]
+    playing, learning = _after_offloads(config, kept, is_cuda=is_cuda)
     kv = [*_kv_caches(config, models, lengths)]
     kv_beside_update = [] if config.engine.release_kv else kv
     overhead = [*_overhead(config, is_cuda=is_cuda)]
     phases = [
-        (PlanPhase.ROLLOUT, [*kept, *kv, *_sampling(config, models, lengths, kv)]),
-        (PlanPhase.UPDATE, [*kept, *kv_beside_update, *_update(config, models, lengths, is_cuda=is_cuda)]),
+        (PlanPhase.ROLLOUT, [*playing, *kv, *_sampling(config, models, lengths, kv)]),
+        (PlanPhase.UPDATE, [*learning, *kv_beside_update, *_update(config, models, lengths, is_cuda=is_cuda)]),
     ]
     if config.algorithm.kl_coefficient or config.algorithm.name == "ppo":
-        phases.insert(1, (PlanPhase.SCORE, [*kept, *kv_beside_update, *_scoring(config, models, lengths, is_cuda)]))
+        phases.insert(1, (PlanPhase.SCORE, [*learning, *kv_beside_update, *_scoring(config, models, lengths, is_cuda)]))
     if not is_cuda:
         phases.insert(0, (PlanPhase.LOAD, [*_loading(config, models)]))
     return MemoryPlan(phases=tuple(PhaseUse(phase=phase, uses=(*uses, *overhead)) for phase, uses in phases))
@@ -221,6 +222,15 @@ def _states(config: RunConfig, models: list[_Model], *, is_cuda: bool) -> Iterat
         if itemsize < 4 or kind == "adamw_offload":
             yield Use(role=model.role, part=Part.MASTERS, num_bytes=4 * count)
         yield Use(role=model.role, part=Part.MOMENTS, num_bytes=int(MOMENT_BYTES[kind] * count))
+
+
+def _after_offloads(config: RunConfig, kept: list[Use], *, is_cuda: bool) -> tuple[list[Use], list[Use]]:
+    """What of it is on a card in the rollout, and what in the other phases (system/memory.py). Weights that roles share
+    count as the policy's, and stay."""
+    moves_simulator = is_cuda and config.simulator.offload_weights
+    moves_state = is_cuda and config.train.offload_optimizer_state and (config.engine.release_kv or moves_simulator)
+    playing = [use for use in kept if not (moves_state and use.part in (Part.MASTERS, Part.MOMENTS))]
+    return playing, [use for use in kept if not (moves_simulator and use.role == Role.SIMULATOR)]
 
 
 def _kv_caches(config: RunConfig, models: list[_Model], lengths: Lengths) -> Iterator[Use]:

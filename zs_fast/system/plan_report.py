@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from zs_fast.config import RunConfig
 from zs_fast.errors import MemoryBudgetError
-from zs_fast.system.hardware import GIB, Hardware
+from zs_fast.system.hardware import GIB, MUCH_BYTES, Hardware
 from zs_fast.system.plan import SPARE_SHARE, MemoryPlan, PlanPhase, plan_memory, policy_rank, shortest
 from zs_fast.system.plan_times import phase_seconds
 
@@ -193,7 +194,21 @@ def _adapter(config: RunConfig, hardware: Hardware, budget: int) -> Proposal:
 
 
 def _one_model(config: RunConfig, hardware: Hardware, budget: int) -> Proposal:
-    return ("simulator.kind", "policy") if config.simulator.kind == "model" else None
+    is_inside = config.simulator.kind == "model" and config.simulator.process == "inside"
+    return ("simulator.kind", "policy") if is_inside else None
+
+
+def _move_simulator(config: RunConfig, hardware: Hardware, budget: int) -> Proposal:
+    simulator, engine = config.simulator, config.engine
+    possible = hardware.is_cuda and (engine.kind == "transformers" or engine.enforce_eager)
+    movable = simulator.kind == "model" and simulator.process == "inside" and not simulator.offload_weights
+    return ("simulator.offload_weights", True) if possible and movable else None
+
+
+def _move_state(config: RunConfig, hardware: Hardware, budget: int) -> Proposal:
+    train = config.train
+    possible = hardware.is_cuda and config.engine.release_kv and train.optimizer != "adamw_offload"
+    return ("train.offload_optimizer_state", True) if possible and not train.offload_optimizer_state else None
 
 
 def _8bit(config: RunConfig, hardware: Hardware, budget: int) -> Proposal:
@@ -201,7 +216,8 @@ def _8bit(config: RunConfig, hardware: Hardware, budget: int) -> Proposal:
 
 
 def _offload(config: RunConfig, hardware: Hardware, budget: int) -> Proposal:
-    fits_elsewhere = hardware.is_cuda and config.train.optimizer != "adamw_offload"
+    train = config.train
+    fits_elsewhere = hardware.is_cuda and train.optimizer != "adamw_offload" and not train.offload_optimizer_state
     return ("train.optimizer", "adamw_offload") if fits_elsewhere else None
 
 
@@ -215,6 +231,8 @@ PROPOSALS = (
     _smaller_budget,
     _fewer_slots,
     _checkpointing,
+    _move_simulator,
+    _move_state,
     _narrow,
     _8bit,
     _adapter,
@@ -237,8 +255,9 @@ def refuse_if_too_large(config: RunConfig, plan: RunPlan) -> None:
     raise MemoryBudgetError(
         f"This run needs at least {least.peak_bytes / (1.0 + MARGIN) / GIB:.1f} GiB of memory (in the "
         f"{least.fullest.phase}; planned for full length: {plan.memory.peak_bytes / GIB:.1f}), but "
-        f"{plan.hardware.name} has {plan.budget_bytes / GIB:.1f} GiB for it.\n" + "\n".join(advice_lines(plan)) + "\n"
-        "To start all the same: train.check_memory = false."
+        f"{plan.hardware.name} has {plan.budget_bytes / GIB:.1f} GiB for it{held_by_others(plan)}.\n"
+        + "\n".join(advice_lines(plan))
+        + "\nTo start all the same: train.check_memory = false."
     )
 
 
@@ -253,10 +272,31 @@ def advice_lines(plan: RunPlan) -> list[str]:
     return lines
 
 
+def held_by_others(plan: RunPlan) -> str:
+    """What other processes hold of the card, where that is much; else nothing."""
+    held = plan.hardware.held_by_others
+    if held < MUCH_BYTES:
+        return ""
+    return (
+        f" (other processes hold {held / GIB:.1f} GiB of it; nvidia-smi names them: end them, or choose another card "
+        "with CUDA_VISIBLE_DEVICES)"
+    )
+
+
+@contextmanager
+def with_plan(planned: str) -> Iterator[None]:
+    """What runs out of memory inside says so with the plan, which holds the advice."""
+    try:
+        yield
+    except MemoryBudgetError as error:
+        raise MemoryBudgetError(f"{error}\n{planned}") from error
+
+
 def brief(plan: RunPlan) -> str:
     """For the start of a run: one line, and advice where long trajectories may need more than there is."""
     phases = ", ".join(f"{use.phase} {use.total_bytes / GIB:.2f}" for use in plan.memory.phases)
     line = f"memory planned, GiB: {phases}; {plan.hardware.name} has {plan.budget_bytes / GIB:.1f}"
+    line += held_by_others(plan)
     if plan.fits:
         return line
     return "\n".join([f"{line}: trajectories of full length may not fit.", *advice_lines(plan)])
