@@ -670,7 +670,7 @@ class RunConfig(Section):
                 "simulator.path to the adapter's folder."
             )
         simulator = self.simulator
-        if simulator.offload_weights and (simulator.kind in ("openai", "bm25") or simulator.process == "child"):
+        if simulator.offload_weights and (simulator.kind not in ("model", "policy") or simulator.process == "child"):
             raise ValueError(
                 f"simulator.offload_weights is true, but a simulator of kind {simulator.kind!r} and process "
                 f"{simulator.process!r} has no weights in this process. Leave it out."

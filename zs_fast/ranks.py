@@ -49,6 +49,11 @@ def check_recipe(config: RunConfig) -> None:
             f"engine.kind = 'vllm' runs in one process, but torchrun started {world_size()}. Take "
             "engine.kind = 'transformers', or start one process."
         )
+    if world_size() > 1 and config.simulator.process == "child":
+        raise PreflightError(
+            f"simulator.process is 'child', but torchrun started {world_size()} processes, each of which would start a "
+            "server. Start one server yourself and take simulator.kind = 'openai', or start one process."
+        )
     if world_size() > 1 and config.train.max_staleness:
         raise PreflightError(
             f"train.max_staleness is {config.train.max_staleness}, which runs in one process, but torchrun started "

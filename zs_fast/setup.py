@@ -27,6 +27,7 @@ from zs_fast.models.load import (
 )
 from zs_fast.models.lora import adapter_rank, read_adapter
 from zs_fast.models.quantize import quantize_base
+from zs_fast.rollout.child_server import MODEL_NAME, ChildServer, start_simulator
 from zs_fast.rollout.engine import LocalEngine
 from zs_fast.rollout.openai_engine import OpenAIEngine
 from zs_fast.rollout.play import Player
@@ -59,6 +60,8 @@ class Arena:
     """By name: `simulator`, `bm25`, `retriever`, `closed_book`, `rag_bm25`, `direct`, ... (`planned_evaluations`)."""
     remote: OpenAIEngine | None = None
     retriever: RemoteSearch | None = None
+    child: ChildServer | None = None
+    """The server behind `remote`, where the run has started it."""
     copy_policy: Callable[[], int] | None = None
     """Writes the trained policy into an engine that has weights of its own; None where they are one."""
     choices: tuple[str, ...] = ()
@@ -70,6 +73,8 @@ class Arena:
             self.remote.close()
         if self.retriever is not None:
             self.retriever.close()
+        if self.child is not None:
+            self.child.close()
 
 
 @dataclass(kw_only=True)
@@ -277,12 +282,22 @@ def build_arena(
     planned = planned_evaluations(config.eval)
     used = {search for _, search in planned.values()} | ({"simulator"} if training else set())
     models = {Role.POLICY: policy}
-    remote = None
+    remote: OpenAIEngine | None = None
+    child: ChildServer | None = None
     if "simulator" in used and config.simulator.kind == "openai":
         remote = OpenAIEngine(config.simulator)
+    elif "simulator" in used and config.simulator.process == "child":
+        child, remote = _simulator_process(config, device)
     elif "simulator" in used and config.simulator.kind not in ("bm25", "retriever"):
         models[Role.SIMULATOR] = _simulator_model(config, policy, base, device, training=training)
-    engine = _engine(config, models, device)
+    try:
+        engine = _engine(config, models, device)
+    except BaseException:
+        if remote is not None:
+            remote.close()
+        if child is not None:
+            child.close()
+        raise
     codec = Codec(policy.tokenizer, chat_template=config.model.chat_template)
     searches = SearchEngines(config=config, engine=engine, remote=remote, models=models)
 
@@ -314,9 +329,24 @@ def build_arena(
         },
         remote=remote,
         retriever=searches.retriever,
+        child=child,
         copy_policy=partial(engine.copy_weights, Role.POLICY) if engine.copies(Role.POLICY) else None,
-        choices=tuple(engine.choices()),
+        choices=(
+            *engine.choices(),
+            *([f"the simulator runs in a process of its own, at {child.url}"] if child else ()),
+        ),
     )
+
+
+def _simulator_process(config: RunConfig, device: torch.device) -> tuple[ChildServer, OpenAIEngine]:
+    """A server for the simulator's model, started, and an engine that asks it."""
+    child = start_simulator(config, device)
+    served = {"url": child.url, "remote_model": MODEL_NAME, "api_key_env": ""}  # no key is meant for it
+    try:
+        return child, OpenAIEngine(config.simulator.model_copy(update=served), check=child.check)
+    except BaseException:
+        child.close()
+        raise
 
 
 def _simulator_model(

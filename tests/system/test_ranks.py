@@ -304,6 +304,8 @@ def test_several_processes_take_the_engine_that_can(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
     with pytest.raises(PreflightError, match=r"engine\.kind = 'vllm'.*torchrun started 2"):
         ranks.check_recipe(config)
+    with pytest.raises(PreflightError, match=r"simulator\.process is 'child', but torchrun started 2"):
+        ranks.check_recipe(load_recipe(["quickstart"], {"simulator.process": ["child"]}))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -84,21 +85,38 @@ def wait_until_healthy(url: str, process: subprocess.Popen, log) -> None:
     raise AssertionError(f"no answer in {START_TIMEOUT_S} s: {log.read_text(errors='replace')[-3000:]}")
 
 
-@pytest.mark.parametrize("kind", ["vllm", "transformers"])
-def test_a_run_searches_through_the_server(server_url, kind, tmp_path):
-    overrides = {
-        "output": tmp_path / "run",
-        "engine.kind": kind,
-        "simulator.kind": "openai",
-        "simulator.url": server_url,
-        "simulator.remote_model": "simulator",
+def small_run(output: Path, **overrides: object):
+    small = {
+        "output": output,
         "simulator.max_failed_share": 0.0,
         "train.steps": 1,
         "train.questions_per_step": 4,
         "train.group_size": 3,
         "eval.data": "",
     }
-    train(load_recipe(["quickstart"], {key: [str(value)] for key, value in overrides.items()}))
-    (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    return load_recipe(["quickstart"], {key: [str(value)] for key, value in (small | overrides).items()})
+
+
+def check_that_it_searched(run: Path) -> None:
+    (row,) = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     assert row["trajectory/searches"] > 0.2 and row["stop/search_failed"] == 0.0
     assert row["logprobs/rollout_mismatch"] < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["vllm", "transformers"])
+def test_a_run_searches_through_the_server(server_url, kind, tmp_path):
+    remote = {
+        "engine.kind": kind,
+        "simulator.kind": "openai",
+        "simulator.url": server_url,
+        "simulator.remote_model": "simulator",
+    }
+    train(small_run(tmp_path / "run", **remote))
+    check_that_it_searched(tmp_path / "run")
+
+
+def test_a_run_starts_and_ends_a_server_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    child = {"simulator.process": "child", "simulator.start_timeout_s": START_TIMEOUT_S, "engine.enforce_eager": "true"}
+    train(small_run(tmp_path / "run", **child))
+    check_that_it_searched(tmp_path / "run")

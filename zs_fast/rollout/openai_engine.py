@@ -10,7 +10,7 @@ import asyncio
 import os
 import queue
 import threading
-from collections.abc import Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -59,10 +59,18 @@ class OpenAIEngine:
     message, the prompt as one text part, temperature and max_tokens; a Sampling's seed has no place in it, so a
     remote simulator's texts are not reproducible. Construction asks the server for one token and raises
     PreflightError if that fails. Waits double from `first_wait_s`, with jitter, up to 30 s or the server's Retry-After.
+    `check` is asked in every step, and raises when there is no use in waiting: the server is known to be gone.
     """
 
-    def __init__(self, simulator: SimulatorConfig, *, first_wait_s: float = FIRST_WAIT_S) -> None:
+    def __init__(
+        self,
+        simulator: SimulatorConfig,
+        *,
+        first_wait_s: float = FIRST_WAIT_S,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         self._simulator = simulator
+        self._check = check
         self._first_wait_s = first_wait_s
         self._codec = ByteCodec()
         self._version = 0
@@ -106,6 +114,8 @@ class OpenAIEngine:
     def step(self) -> list[Completion]:
         if self._fault is not None:
             raise EngineError(f"The remote engine broke: {self._fault!r}") from self._fault
+        if self._check is not None:
+            self._check()
         completions = []
         while not self._finished.empty():
             number, completion = self._finished.get_nowait()
