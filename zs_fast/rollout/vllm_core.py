@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from zs_fast.errors import EngineError, PreflightError
+from zs_fast.errors import EngineError, MemoryBudgetError, PreflightError
 from zs_fast.rollout.vllm_patches import STATE, Stopped, patch_for_good, patched_while_building, quiet, stop_watch
 from zs_fast.types import Sampling
 
@@ -39,6 +39,8 @@ BUILD_ERRORS = (
     ValueError, RuntimeError, AssertionError, OSError, TypeError, KeyError, SafetensorError, ImportError, AttributeError
 )  # fmt: skip
 """What vLLM raises for models, files and sizes that it can't take, and Python for names that a version lacks."""
+TOO_LITTLE_MEMORY = ("Free memory on device", "No available memory", "out of memory")
+"""In what vLLM says when a card is too full."""
 MIN_TEMPERATURE = 0.01
 """vLLM raises a temperature between 0 and this to this."""
 SMALLEST_CPU_HEAD = 32
@@ -155,10 +157,7 @@ class VllmCore:
             with quiet(), patched_while_building(self._on_cpu):
                 self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**self._arguments()))
         except BUILD_ERRORS as error:
-            raise PreflightError(
-                f"Model {settings.name!r}: vLLM can't run it: {type(error).__name__}: {_one_line(error)} "
-                "Use engine.kind = 'transformers', or another model."
-            ) from error
+            raise _build_error(settings.name, error) from error
         STATE.live.add(id(self))
         runner = self._engine.model_executor.driver_worker.worker.model_runner
         self._runner: Any = runner
@@ -314,6 +313,22 @@ class VllmCore:
             self._engine = self._runner = None
 
 
+def _build_error(name: str, error: BaseException) -> PreflightError | MemoryBudgetError:
+    """What a person can do about vLLM's refusal."""
+    what = f"Model {name!r}: vLLM can't run it: {type(error).__name__}: {_one_line(error)}"
+    if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in TOO_LITTLE_MEMORY):
+        return MemoryBudgetError(
+            f"{what} There is too little memory. Lower engine.kv_cache_gib or engine.slots, and end other processes on "
+            "the card (nvidia-smi names them)."
+        )
+    if "KV cache" in str(error):
+        return PreflightError(
+            f"{what} Raise engine.kv_cache_gib (0 takes what engine.slots sequences need), or lower "
+            "game.max_context_tokens."
+        )
+    return PreflightError(f"{what} Use engine.kind = 'transformers', or another model.")
+
+
 def _one_line(error: BaseException) -> str:
     """The first telling line of what may be pages of a validation report."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -325,5 +340,6 @@ def _check_rank(settings: CoreSettings) -> None:
     if settings.lora_rank and settings.lora_rank not in LORA_RANKS:
         raise PreflightError(
             f"The adapter's rank is {settings.lora_rank}; vLLM has slots for ranks "
-            f"{', '.join(map(str, LORA_RANKS))}, and sharing needs one of those exactly."
+            f"{', '.join(map(str, LORA_RANKS))}, and sharing needs one of those exactly. Set model.lora_rank to one of "
+            "them, or use engine.kind = 'transformers'."
         )
