@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -13,9 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from zs_fast.config import RunConfig
 from zs_fast.models.load import LoadedModel
 from zs_fast.rollout.engine import Engine
 from zs_fast.testing import tiny_model
+from zs_fast.train import train
 from zs_fast.types import Completion, Role, Sampling
 
 HERE = Path(__file__).resolve().parent
@@ -71,6 +74,29 @@ def _reference_logprobs(
 ) -> torch.Tensor:
     table = _reference_table(loaded, [*prompt_ids, *token_ids], temperature)[len(prompt_ids) - 1 : -1]
     return table.gather(-1, torch.tensor(list(token_ids))[:, None])[:, 0]
+
+
+@pytest.fixture(scope="session")
+def rows() -> Callable[[Path], list[dict]]:
+    """(run folder) -> the rows of its training steps in metrics.jsonl"""
+
+    def read(run: Path) -> list[dict]:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if "reward/mean" in row]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def run_of(tmp_path_factory) -> Callable[[Callable[[Path], RunConfig]], Path]:
+    """Train what a function of the output folder gives; the folder."""
+
+    def run(config_of: Callable[[Path], RunConfig]) -> Path:
+        output: Path = tmp_path_factory.mktemp("runs") / "whole"
+        train(config_of(output))
+        return output
+
+    return run
 
 
 @pytest.fixture

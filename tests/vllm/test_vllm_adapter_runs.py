@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -46,24 +45,17 @@ def small_run(output: Path, **overrides: object):
     return load_recipe(["quickstart"], {key: [str(value)] for key, value in (small | overrides).items()})
 
 
-def rows(run: Path) -> list[dict]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "reward/mean" in row]
-
-
 def state(run: Path, step: int) -> tuple[bytes, bytes]:
     folder = run / "checkpoints" / f"step_{step}"
     return (folder / "model" / "adapter_model.safetensors").read_bytes(), (folder / "trainer.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    train(small_run(output))
-    return output
+def whole_run(run_of) -> Path:
+    return run_of(small_run)
 
 
-def test_a_run_samples_with_the_adapter_it_trained_and_saves_that_alone(whole_run):
+def test_a_run_samples_with_the_adapter_it_trained_and_saves_that_alone(rows, whole_run):
     steps = rows(whole_run)
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
     assert all(row["logprobs/rollout_mismatch"] < 1e-5 for row in steps)
@@ -73,7 +65,7 @@ def test_a_run_samples_with_the_adapter_it_trained_and_saves_that_alone(whole_ru
     assert trained.base == "quickstart:policy" and adapter_rank(trained.model) == 8
 
 
-def test_a_resume_goes_on_with_the_saved_adapter(whole_run, tmp_path):
+def test_a_resume_goes_on_with_the_saved_adapter(rows, whole_run, tmp_path):
     resumed = tmp_path / "resumed"
     shutil.copytree(whole_run, resumed)
     shutil.rmtree(resumed / "checkpoints" / "step_2")

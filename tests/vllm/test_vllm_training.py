@@ -40,24 +40,17 @@ def small_run(output: Path, **overrides: object):
     return load_recipe(["quickstart"], {key: [str(value)] for key, value in (small | overrides).items()})
 
 
-def rows(run: Path) -> list[dict]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "reward/mean" in row]
-
-
 def state(run: Path, step: int) -> tuple[bytes, bytes]:
     folder = run / "checkpoints" / f"step_{step}"
     return (folder / "model" / "model.safetensors").read_bytes(), (folder / "trainer.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    train(small_run(output))
-    return output
+def whole_run(run_of) -> Path:
+    return run_of(small_run)
 
 
-def test_a_run_samples_with_what_it_trained_in_the_step_before(whole_run):
+def test_a_run_samples_with_what_it_trained_in_the_step_before(rows, whole_run):
     steps = rows(whole_run)
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
     assert all(row["logprobs/rollout_mismatch"] < 1e-5 for row in steps)
@@ -77,7 +70,7 @@ def test_the_same_seed_gives_the_same_run(whole_run, tmp_path):
     assert state(tmp_path / "again", STEPS) == state(whole_run, STEPS)
 
 
-def test_a_resume_goes_on_with_the_saved_weights(whole_run, tmp_path):
+def test_a_resume_goes_on_with_the_saved_weights(rows, whole_run, tmp_path):
     resumed = tmp_path / "resumed"
     shutil.copytree(whole_run, resumed)
     for later in range(2, STEPS + 1):
@@ -90,7 +83,7 @@ def test_a_resume_goes_on_with_the_saved_weights(whole_run, tmp_path):
     assert all(torch.isfinite(parameter).all() for parameter in saved.model.parameters())
 
 
-def test_a_run_with_copied_weights_is_the_same_run_and_so_is_its_resume(whole_run, tmp_path):
+def test_a_run_with_copied_weights_is_the_same_run_and_so_is_its_resume(rows, whole_run, tmp_path):
     copied = tmp_path / "copied"
     train(small_run(copied, **{"engine.weights": "copied"}))
     assert (copied / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
