@@ -71,6 +71,7 @@ def run_with_key(tmp_path: Path, url: str) -> subprocess.CompletedProcess[bytes]
     )
 
 
+@pytest.mark.full
 def test_a_whole_run_leaves_no_key_in_any_place_it_writes_to(tmp_path: Path) -> None:
     with faulty(lambda head: b"") as server:
         server.misbehave(echo)

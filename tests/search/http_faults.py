@@ -26,12 +26,15 @@ class Exchange:
     body: bytes
     good: bytes
     server: FaultServer
+    closes: bool = False
+    """The connection ends with this exchange; a reply that is whole says so, or the next request might go into it."""
 
     def send(self, data: bytes) -> None:
         self.connection.sendall(data)
 
     def reply(self, body: bytes, status: str = "200 OK", *, headers: str = "", length: int | None = None) -> None:
         size = len(body) if length is None else length
+        headers += "Connection: close\r\n" if self.closes else ""
         self.send(
             f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n{headers}\r\n".encode()
             + body
@@ -121,6 +124,7 @@ class FaultServer:
                 if faulty is None:
                     exchange.reply(exchange.good)
                 else:
+                    exchange.closes = True
                     faulty(exchange)
                     break
         with self._lock:
@@ -273,7 +277,7 @@ FINAL: dict[str, Behaviour] = {
     "a page": _body(b"<!DOCTYPE html><html><body>It works!</body></html>"),
     "cut JSON": lambda exchange: exchange.reply(exchange.good[:-3]),
     "no body": _body(b""),
-    "HTTP 204": _raw(b"HTTP/1.1 204 No Content\r\n\r\n"),
+    "HTTP 204": _raw(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"),
     "null": _body(b"null"),
     "a number": _body(b"42"),
     "an empty object": _body(b"{}"),
