@@ -123,6 +123,10 @@ def test_no_kernels_package():
 BANNED_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 BANNED_CALLS = {"eval", "exec", "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load", "os.system", "os.popen"}
 BANNED_ARGUMENTS = {("shell", True), ("verify", False), ("trust_remote_code", True), ("allow_pickle", True)}
+WAITS_FOR_A_REPLY = {"urlopen", "urllib.request.urlopen", "socket.create_connection"} | {
+    f"{library}.{verb}" for library in ("requests", "httpx") for verb in ("get", "post", "put", "head", "request")
+}
+"""Calls that wait for ever unless they are given a timeout."""
 MEMORY_VERBS = {"sleep", "wake", "wake_up", "empty_cache"}
 
 
@@ -142,6 +146,8 @@ def banned(path: Path) -> Iterator[str]:
             continue
         if (name := ast.unparse(node.func)) in BANNED_CALLS:
             yield f"line {node.lineno}: {name}"
+        if name in WAITS_FOR_A_REPLY and not any(keyword.arg == "timeout" for keyword in node.keywords):
+            yield f"line {node.lineno}: {name} without a timeout"
         for keyword in node.keywords:
             if isinstance(keyword.value, ast.Constant) and (keyword.arg, keyword.value.value) in BANNED_ARGUMENTS:
                 yield f"line {node.lineno}: {keyword.arg}={keyword.value.value}"
@@ -167,6 +173,8 @@ def test_nothing_banned(path):
         "get(u, verify=False)",
         "f(p, trust_remote_code=True)",
         "host = '0.0.0.0'",
+        "requests.get(url)",
+        "urllib.request.urlopen(url)",
         "try:\n    f()\nexcept:\n    pass",
     ],
 )
@@ -176,7 +184,10 @@ def test_the_ban_finds_what_it_bans(text, tmp_path):
     assert list(banned(path))
 
 
-@pytest.mark.parametrize("text", ["model.eval()", "pattern.exec", "load(x)", "torch.loads", "f(shell=False)"])
+@pytest.mark.parametrize(
+    "text",
+    ["model.eval()", "pattern.exec", "load(x)", "torch.loads", "f(shell=False)", "urlopen(u, timeout=9)", "x[::2]"],
+)
 def test_the_ban_leaves_the_rest_alone(text, tmp_path):
     path = tmp_path / "example.py"
     path.write_text(text)

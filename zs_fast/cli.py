@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -80,10 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _report(f"zs-fast: {MISSING_EXTRA.format(command=words[0], package=error.name)}")
         code = PreflightError.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         hint = INTERRUPTED.get(words[0], "")
-        _report(f"zs-fast: interrupted{hint}")
-        code = 130
+        _report(f"zs-fast: {str(stop) or 'interrupted'}{hint}")
+        code = 128 + getattr(stop, "number", signal.SIGINT)
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

@@ -412,6 +412,17 @@ class TrainConfig(Section):
     """Steps between evaluations; 0 evaluates only at the start (see eval.at_start) and at the end."""
     keep_checkpoints: NonNegative = 2
     """Newest checkpoints kept; 0 keeps all."""
+    max_failed_saves: NonNegative = 2
+    """Checkpoints in a row that may fail to be written (a full disk) before the run stops; the last one may not."""
+    max_nonfinite_steps: NonNegative = 10
+    """The run stops after this many steps in a row of which no update could be taken, for losses or gradients that are
+    not finite; 0 never stops it."""
+    phase_timeout_s: Annotated[float, Field(ge=0)] = 7200.0
+    """Longest time in one phase of a step without a sign of life (in a rollout, a finished trajectory): all stacks are
+    written to stacks.txt and the process ends with exit code 8. 0 waits for ever."""
+    journal: bool = True
+    """Keep finished replies of policy and simulator on disk until a checkpoint covers them, so that an interrupted step
+    is played again without asking twice."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a quarter more time."""
     offload_activations: bool = False

@@ -53,6 +53,12 @@ class SimulatorError(ZsError):
     exit_code = 6
 
 
+class NonFiniteError(ZsError):
+    """Losses, gradients or weights stopped to be numbers; nothing more can be learnt without a change."""
+
+    exit_code = 7
+
+
 class MemoryBudgetError(ZsError):
     """A setting asks for more memory than there is."""
 

@@ -29,6 +29,7 @@ from zs_fast.models.lora import adapter_rank, read_adapter
 from zs_fast.models.quantize import quantize_base
 from zs_fast.rollout.child_server import MODEL_NAME, ChildServer, start_simulator
 from zs_fast.rollout.engine import LocalEngine
+from zs_fast.rollout.journal import Journal
 from zs_fast.rollout.openai_engine import OpenAIEngine
 from zs_fast.rollout.play import Player
 from zs_fast.rollout.transformers_engine import TransformersEngine
@@ -271,13 +272,15 @@ def build_arena(
     base: LoadedModel | None = None,
     training: bool = True,
     eval_sets: QuestionSets | None = None,
+    journal: Journal | None = None,
 ) -> Arena:
     """Put `policy`, and the simulator where a search needs it, into one engine, and make the players.
 
     `policy` is a model of `load_served`; its module is the engine's afterwards. `base` is one too, the policy before
     training, where it is in memory already: a simulator of kind `policy` speaks through it.
     Without `training` the simulator is loaded, or its server asked, only if an evaluation needs it. `eval_sets` are
-    what evaluations play; needed where `eval.corpus` has passages for each set.
+    what evaluations play; needed where `eval.corpus` has passages for each set. All
+    players keep their replies in `journal`.
     """
     planned = planned_evaluations(config.eval)
     used = {search for _, search in planned.values()} | ({"simulator"} if training else set())
@@ -313,6 +316,7 @@ def build_arena(
             group_size=group_size,
             run_seed=config.seed,
             max_failed_share=config.simulator.max_failed_share,
+            journal=journal,
             simulator_engine=remote,
             method=method,
         )

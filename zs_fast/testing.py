@@ -152,6 +152,9 @@ class ScriptedSearch:
     def cancel(self) -> None:
         self._waiting = []
 
+    def recall(self, results: Sequence[SearchResult]) -> None:
+        pass
+
     def _result(self, request: SearchRequest) -> SearchResult:
         documents = self._documents(request)
         if documents is None:

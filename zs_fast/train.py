@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from zs_fast.config import RunConfig, write_config
-from zs_fast.errors import ConfigError, EngineError, PreflightError, SimulatorError
-from zs_fast.evaluate import Evaluation, evaluate, evaluation_sets
+from zs_fast.errors import (
+    CheckpointError,
+    CheckpointUnusableError,
+    ConfigError,
+    EngineError,
+    NonFiniteError,
+    PreflightError,
+    SimulatorError,
+)
+from zs_fast.evaluate import evaluate, evaluation_sets
 from zs_fast.learn.algorithms import credit, has_signal
 from zs_fast.learn.roles import Roles, score
 from zs_fast.learn.update import Updater
@@ -35,17 +43,19 @@ from zs_fast.ranks import (
     publisher,
     trained_policy,
 )
+from zs_fast.replay import Journalled, Played, run_journal
 from zs_fast.report.page import write_report
 from zs_fast.report.plots import reward_curve
 from zs_fast.rollout.engine import StepCounts
-from zs_fast.rollout.play import Refill
+from zs_fast.rollout.play import Player, Refill
 from zs_fast.run_models import critic_of, frozen_copy, load_policy_weights, reference_of
+from zs_fast.run_numbers import jsonable, step_rates, summary_key
 from zs_fast.search.curriculum import noise_probability
 from zs_fast.search.data import QuestionOrder, load_questions
 from zs_fast.search.statistics import search_statistics
 from zs_fast.setup import build_arena, load_policy, use_device
 from zs_fast.system.checkpoint import Checkpoint, CheckpointStore, check_same_run
-from zs_fast.system.distributed import check_same_bits, from_main, is_main, largest, process_group, together
+from zs_fast.system.distributed import check_same_bits, from_main, is_main, largest, process_group, rank, together
 from zs_fast.system.environment import write_environment
 from zs_fast.system.files import FileOperations, replace_file
 from zs_fast.system.hardware import present_machine
@@ -53,7 +63,10 @@ from zs_fast.system.memory import Memory, Phase
 from zs_fast.system.metrics import RunLog, SilentLog
 from zs_fast.system.plan_report import brief, plan_run, refuse_if_too_large, with_plan
 from zs_fast.system.rollout_metrics import rollout_metrics, staleness_metrics
-from zs_fast.types import Group
+from zs_fast.system.signals import OrderlyStop
+from zs_fast.system.watchdog import Watchdog
+from zs_fast.system.weights import check_finite
+from zs_fast.types import Group, StepStats
 
 
 def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -73,8 +86,9 @@ def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         step = from_main(found.step if found else None)
         with together():
             checkpoint = found if is_main() or step is None else store.at(step)
-            run = _Run(config, output, store, checkpoint, stack)
-        return run.loop()
+            run = _Run(config, output, store, checkpoint, stack, resume=resume)
+        with run.stop.handling(), closing(run.watchdog):
+            return run.loop()
 
 
 def output_folder(config: RunConfig) -> Path:
@@ -94,18 +108,6 @@ def _checkpoint_to_resume(store: CheckpointStore, config: RunConfig, *, resume: 
     return checkpoint
 
 
-class _Played(NamedTuple):
-    """What a step's rollout gave."""
-
-    groups: list[Group]
-    chosen: list[Group]
-    """Those to learn from: `questions_per_step`."""
-    batches_played: int
-    """Batches of questions played in the run."""
-    carried: list[dict[str, Any]]
-    """Groups of coming steps that were begun (`Player.carried`)."""
-
-
 def plan_line(config: RunConfig, device: str) -> str:
     """The memory that the run will take, in a line or, where that may not fit, with advice. Raises MemoryBudgetError
     where it can't fit at all, unless `train.check_memory` is off."""
@@ -122,9 +124,19 @@ class _Run:
     """One run's objects, and the loop over them."""
 
     def __init__(
-        self, config: RunConfig, output: Path, store: CheckpointStore, checkpoint: Checkpoint | None, stack: ExitStack
+        self,
+        config: RunConfig,
+        output: Path,
+        store: CheckpointStore,
+        checkpoint: Checkpoint | None,
+        stack: ExitStack,
+        *,
+        resume: bool,
     ) -> None:
         self.config, self.output, self.store = config, output, store
+        self.stop = OrderlyStop()
+        self.watchdog = Watchdog(config.train.phase_timeout_s, output / f"stacks{rank() or ''}.txt")
+        self.failed_saves = self.nonfinite_steps = 0
         self.first_step = checkpoint.step + 1 if checkpoint else 1
         self.started = time.perf_counter()
         # Data first: a bad file must not wait for models to load, nor too small a one for an evaluation.
@@ -136,8 +148,12 @@ class _Run:
         planned = plan_line(config, str(device))
         self.policy = load_policy(config, device)
         frozen = frozen_copy(config, self.policy, device)
+        journal = run_journal(config, output, on_cpu=device.type == "cpu", warn=self._note)
+        self.journal = Journalled(journal, keeps_outcomes=config.train.max_staleness > 0)
         with with_plan(planned):
-            self.arena = build_arena(config, self.policy, device=device, base=frozen, eval_sets=eval_sets)
+            self.arena = build_arena(
+                config, self.policy, device=device, base=frozen, eval_sets=eval_sets, journal=journal
+            )
         stack.callback(self.arena.close)
         reference = reference_of(config, self.policy, frozen)
         if checkpoint:
@@ -184,6 +200,8 @@ class _Run:
             dtype = DTYPES[config.model.dtype]
             self.log.note(f"attention of the update: {use_attention(config.model.attention, device, dtype)}")
         if is_main():
+            if not resume:
+                self.journal.forget_all()
             write_config(config, output / "config.toml")
             write_environment(output, device)
 
@@ -199,22 +217,26 @@ class _Run:
             config=self.config.model_dump(mode="json"),
         )
 
+    def _note(self, message: str) -> None:
+        self.log.note(message)
+
     def loop(self) -> dict[str, Any]:
         config, log = self.config, self.log
         self._evaluate_before_the_loop(self.first_step - 1)
         for step in range(self.first_step, config.train.steps + 1):
             noise = noise_probability(step, config.curriculum, config.train.steps)
-            with self._kept_on_failure(step - 1), self.memory.phase(Phase.ROLLOUT):
+            with self._kept_on_failure(step - 1), self.stop.allowed(), self._phase(Phase.ROLLOUT):
                 self.publisher.check()
                 played = self._play(step, noise)
             groups, self.batches_played, self.carried = played.groups, played.batches_played, played.carried
             packed = pack_share(played.chosen, config)
-            with self.memory.phase(Phase.SCORE):
+            with self._phase(Phase.SCORE):
                 scored = score(packed, self.roles, **self.updater.needs)
-            with self.memory.phase(Phase.UPDATE):
+            with self._phase(Phase.UPDATE):
                 batch = credit(scored, config.algorithm, kl_coefficient=self.updater.kl_coefficient)
                 stats = self.updater.update(batch)
-            with self.memory.phase(Phase.SYNC):
+            with self._phase(Phase.SYNC):
+                check_finite(self.trained.model, f"the policy after step {step}")
                 self.publisher.publish(step)
             searches = [turn.search for group in groups for t in group.trajectories for turn in t.turns if turn.search]
             metrics = {"curriculum/noise_probability": noise} | rollout_metrics(groups) | search_statistics(searches)
@@ -222,26 +244,65 @@ class _Run:
                 metrics |= staleness_metrics(groups, version=step - 1, max_staleness=config.train.max_staleness)
             copied = {"sync/copied_bytes": float(self.publisher.copied_bytes)}
             timings = largest(self.memory.take() | copied | self.updater.timings() | self.counts.take())
-            log.step(step, metrics | dict(stats.values), timings | self._rates(groups, timings), groups)
+            log.step(
+                step,
+                metrics | dict(stats.values),
+                timings | step_rates(groups, timings, scores=self.roles.scores_before_update),
+                groups,
+            )
             if self._is_due(config.train.eval_every, step):
-                with self._kept_on_failure(step):
+                with self._kept_on_failure(step), self.stop.allowed():
                     self._evaluate(step)
             if self._is_due(config.train.save_every, step):
                 self._save_together(step)
+            self._stop_without_updates(step, stats)
         return self._finish()
 
-    def _play(self, step: int, noise: float) -> _Played:
+    @contextmanager
+    def _phase(self, phase: Phase) -> Iterator[None]:
+        with self.watchdog.phase(phase), self.memory.phase(phase):
+            yield
+
+    def _progress(self, label: str, done: int, total: int) -> None:
+        self.watchdog.beat()
+        self.log.progress(label, done, total)
+
+    def _stop_without_updates(self, step: int, stats: StepStats) -> None:
+        """All ranks have the same numbers, so they stop together."""
+        values, limit = stats.values, self.config.train.max_nonfinite_steps
+        skipped = values["update/nonfinite_losses"] + values["update/nonfinite_grad_norms"]
+        self.nonfinite_steps = self.nonfinite_steps + 1 if skipped and not values["update/optimizer_steps"] else 0
+        if not limit or self.nonfinite_steps < limit:
+            return
+        if step > self.saved_step:
+            self._save_together(step)
+        error = NonFiniteError(
+            f"No update could be taken in {limit} steps in a row, the last one {step}: their losses or gradients are "
+            "not finite (train.max_nonfinite_steps). The weights are as they were before and saved. Look at "
+            "rollouts.jsonl of those steps; --resume goes on."
+        )
+        error.is_shared = True
+        raise error
+
+    def _play(self, step: int, noise: float) -> Played:
         """Play the step's questions; with `train.max_staleness`, begin those of coming steps where slots come free.
 
         With `algorithm.max_resampled_batches`, groups without signal make room for those of further batches.
         """
-        number, algorithm = self.config.train.questions_per_step, self.config.algorithm
-        player, refill = self.arena.training_player, None
+        player = self.arena.training_player
+        with self.journal.rollout(step, player) as known:
+            played = known or self._play_batches(step, noise, player)
+            if known is None:
+                self.journal.keep(played)
+        return played
+
+    def _play_batches(self, step: int, noise: float, player: Player) -> Played:
+        number, algorithm, refill = self.config.train.questions_per_step, self.config.algorithm, None
         played: list[Group] = []
         live: list[Group] = []
         batches = 0
         while batches <= algorithm.max_resampled_batches and len(live) < number:
-            progress = partial(self.log.progress, f"rollout, batch {batches + 1}" if batches else "rollout")
+            progress = partial(self._progress, f"rollout, batch {batches + 1}" if batches else "rollout")
             batch = self.batches_played + batches
             questions = self.order.batch(batch, number)
             if self.config.train.max_staleness:
@@ -260,7 +321,7 @@ class _Run:
             dead = [group for group in played if not has_signal(group, algorithm.mask_stop_reasons)]
             chosen = (live + dead)[:number]
         player.pause()
-        return _Played(played, chosen, self.batches_played + batches, player.carried())
+        return Played(played, chosen, self.batches_played + batches, player.carried())
 
     def _begin_ahead(self, step: int, batch: int) -> bool:
         """While `batch` is played in `step`: submit the next question of a coming step; False when none may begin."""
@@ -281,9 +342,11 @@ class _Run:
         """The evaluation of the start; on resume, one that was due after `step` steps and was not finished."""
         if step == 0:
             if self.config.eval.at_start:
-                self._evaluate(0)
+                with self.stop.allowed():
+                    self._evaluate(0)
         elif self.evaluated_step < step and self._is_due(self.config.train.eval_every, step):
-            self._evaluate(step)
+            with self.stop.allowed():
+                self._evaluate(step)
             self._save_together(step)
 
     @contextmanager
@@ -319,7 +382,26 @@ class _Run:
         check_same_bits(trained, f"the policy after step {step}")
         tensors = self.updater.state_tensors()
         with together():
+            self._save_or_go_on(step, tensors)
+        self.saved_step = from_main(self.saved_step)
+
+    def _save_or_go_on(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """`_save`; where it fails, earlier checkpoints are as they were, and the next one may succeed."""
+        train = self.config.train
+        try:
             self._save(step, tensors)
+        except CheckpointUnusableError:
+            raise
+        except CheckpointError as error:
+            self.failed_saves += 1
+            if step == train.steps or self.failed_saves > train.max_failed_saves:
+                raise
+            self.log.note(
+                f"{error} The run goes on: {self.failed_saves} in a row failed, train.max_failed_saves is "
+                f"{train.max_failed_saves}."
+            )
+        else:
+            self.failed_saves = 0
 
     def _save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         if not is_main():
@@ -343,6 +425,7 @@ class _Run:
         self.saved_step = step
         for warning in self.store.warnings:
             self.log.note(warning)
+        self.journal.journal.forget(rollouts=step, evaluations=self.evaluated_step)
 
     def _evaluate(self, step: int) -> None:
         """Play the evaluation questions against each search of `eval.search`; recorded as of `step` finished steps.
@@ -352,41 +435,21 @@ class _Run:
         played = []
         for name, player in self.arena.evaluation_players.items() if self.eval_questions else ():
             started = time.perf_counter()
-            progress = partial(self.log.progress, f"evaluation, {name}")
-            evaluation, _ = evaluate(player, self.eval_questions, step=step, on_progress=progress)
+            progress = partial(self._progress, f"evaluation, {name}")
+            with self.watchdog.phase("evaluation"), self.journal.evaluation(step, name, player):
+                evaluation, _ = evaluate(player, self.eval_questions, step=step, on_progress=progress)
             played.append((name, evaluation, time.perf_counter() - started))
         for name, evaluation, seconds in played:
             metrics, timings = evaluation.metrics(f"eval/{name}"), {f"eval/{name}/seconds": seconds}
             self.log.record(step, metrics, timings, message=evaluation.line(name))
             when = "before" if step == 0 else "after"
-            self.evaluations.setdefault(name, {})[when] = _jsonable(evaluation)
+            self.evaluations.setdefault(name, {})[when] = jsonable(evaluation)
         self.evaluated_step = step
         self.counts.take()  # an evaluation's are no step's
 
     def _seconds(self) -> float:
         """Of this process and, after a resume, of those before it up to their last checkpoint."""
         return self.earlier_seconds + time.perf_counter() - self.started
-
-    def _rates(self, groups: Sequence[Group], timings: dict[str, float]) -> dict[str, float]:
-        """Seconds of the step, and tokens per second: of all tokens, and of what each phase worked on.
-
-        The simulator's are the tokens it wrote during the rollout.
-        """
-        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-        written = sum(trajectory.num_action_tokens for trajectory in trajectories)
-        total = sum(trajectory.num_tokens for trajectory in trajectories)
-        simulated = sum(turn.search.num_generated_tokens for t in trajectories for turn in t.turns if turn.search)
-        seconds = sum(timings[f"{phase}/seconds"] for phase in Phase)
-        rates = {
-            "seconds": seconds,
-            "tokens_per_second": total / max(seconds, 1e-9),
-            "rollout/tokens_per_second": written / max(timings["rollout/seconds"], 1e-9),
-            "simulator/tokens_per_second": simulated / max(timings["rollout/seconds"], 1e-9),
-            "update/tokens_per_second": total / max(timings["update/seconds"], 1e-9),
-        }
-        if self.roles.scores_before_update:
-            rates["score/tokens_per_second"] = total / max(timings["score/seconds"], 1e-9)
-        return rates
 
     def _finish(self) -> dict[str, Any]:
         summary: dict[str, Any] = {
@@ -397,21 +460,10 @@ class _Run:
         }
         for name, results in self.evaluations.items():
             for when, result in results.items():
-                summary[_summary_key(name, when)] = result["f1"]
+                summary[summary_key(name, when)] = result["f1"]
         summary["evaluations"] = self.evaluations
         if is_main():
             replace_file(FileOperations(), self.output / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
             reward_curve(self.output / "metrics.jsonl", self.output / "reward.png")
             write_report([self.output])
         return summary
-
-
-def _summary_key(name: str, when: str) -> str:
-    """`f1_before`, `f1_bm25_after`, ...; closed-book play is stated once, after training."""
-    if name == "closed_book":
-        return "f1_closed_book" if when == "after" else "f1_closed_book_before"
-    return f"f1_{when}" if name == "simulator" else f"f1_{name}_{when}"
-
-
-def _jsonable(evaluation: Evaluation) -> dict[str, Any]:
-    return {key.removeprefix("eval/"): value for key, value in evaluation.metrics("eval").items()}

@@ -227,12 +227,15 @@ class DictJournal:
     def __init__(self) -> None:
         self.completions, self.searches = {}, {}
 
-    def lookup(self, key):
+    def lookup(self, key, context_ids):
         return self.completions.get(key)
 
-    def record(self, key, completion):
+    def record(self, key, context_ids, completion):
         assert key not in self.completions
         self.completions[key] = completion
+
+    def record_end(self, key):
+        pass
 
     def lookup_search(self, key, request):
         return self.searches.get(key)

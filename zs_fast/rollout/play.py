@@ -204,9 +204,12 @@ class Player:
         ]
 
     def restore(self, carried: Sequence[Mapping[str, Any]]) -> None:
-        """Take over another player's `carried` groups; paused, as they were. Raises CheckpointUnusableError."""
-        assert not self._groups, "only a player without groups can take over another's"
-        self._is_paused = True
+        """Take over another player's `carried` groups in place of one's own; paused, as they were.
+
+        Raises CheckpointUnusableError.
+        """
+        assert self._is_paused or not self._groups, "what is under way can't be dropped"
+        self._groups, self._is_paused = [], True
         try:
             for state in carried:
                 group = self._add_group(
@@ -224,6 +227,10 @@ class Player:
                 "the unfinished trajectories in the checkpoint can't be played again "
                 f"({type(error).__name__}: {error}); use another checkpoint"
             ) from error
+
+    def recall(self) -> None:
+        """Show the search backend what the journal's open scope holds, so that further searches may share it."""
+        self._search.recall(self._journal.searches())
 
     @property
     def num_groups(self) -> int:
@@ -293,7 +300,7 @@ class Player:
                 f"The engine returned policy request {completion.request_id}, which this player does not wait for. "
                 "Two players on one engine must take turns: collect everything from one before using the other."
             )
-        self._journal.record(self._key(playing, Role.POLICY), completion)
+        self._journal.record(self._key(playing, Role.POLICY), playing.episode.context_ids, completion)
         self._take(playing, completion)
 
     def _on_search_result(self, result: SearchResult) -> None:
@@ -329,10 +336,11 @@ class Player:
         episode = playing.episode
         if episode.done:
             playing.group.num_unfinished -= 1
+            self._journal.record_end(self._key(playing, Role.POLICY))
             self._engine.end(Role.POLICY, playing.cache_salt)
             return
         key = self._key(playing, Role.POLICY)
-        known = self._journal.lookup(key)
+        known = self._journal.lookup(key, episode.context_ids)
         if known is not None:
             self._take(playing, known)
             return

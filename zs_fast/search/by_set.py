@@ -70,5 +70,9 @@ class SearchBySet:
         for backend in self._backends.values():
             backend.cancel()
 
+    def recall(self, results: Sequence[SearchResult]) -> None:
+        for backend in self._backends.values():
+            backend.recall(results)
+
     def poll(self) -> list[SearchResult]:
         return [result for backend in self._backends.values() for result in backend.poll()]

@@ -141,6 +141,15 @@ class SimulatedSearch:
         self._engine.abort(Role.SIMULATOR, list(self._pending))
         self._pending, self._under_way, self._answered, self._results = {}, {}, {}, []
 
+    def recall(self, results: Sequence[SearchResult]) -> None:
+        """Replies that were got before an interruption; with `share_noise_in_group` others may share them."""
+        for result in results if self._simulator.share_noise_in_group else ():
+            request = result.request
+            query = clean_query(request.query, self._max_query_characters)
+            if not result.failed:
+                asked = _Asked(request.step, request.question.id, request.turn, query, result.mode)
+                self._answered[asked] = result
+
     def poll(self) -> list[SearchResult]:
         """The searches finished since the last call, in the order they finished."""
         results, self._results = self._results, []

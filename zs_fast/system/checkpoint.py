@@ -48,7 +48,8 @@ PICKLED_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth",
 
 MAY_DIFFER = frozenset(
     {"name", "output", "train.steps", "train.save_every", "train.keep_checkpoints", "train.eval_every"}
-    | {"train.rank_timeout_s", "train.sharding"}
+    | {"train.rank_timeout_s", "train.sharding", "train.journal"}
+    | {"train.max_failed_saves", "train.max_nonfinite_steps", "train.phase_timeout_s"}
     | {"log.*", "eval.*"}
 )
 """Config keys that may change between a run and its resume, because no training number depends on them."""

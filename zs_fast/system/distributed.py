@@ -24,6 +24,7 @@ from torch import Tensor
 
 from zs_fast import errors
 from zs_fast.errors import EngineError, PreflightError, ZsError
+from zs_fast.system.signals import die_with_parent
 
 BUCKET_BYTES = 25 * 2**20
 """Small tensors are summed together in buffers of this size: one collective each would cost more than their bytes."""
@@ -64,6 +65,7 @@ def process_group(device: str, *, timeout_s: float) -> Iterator[None]:
     if is_initialised() or _launched_processes() < 2:
         yield
         return
+    die_with_parent()
     on_gpu = torch.cuda.is_available() and not device.startswith("cpu")
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] and sys.platform == "linux":

@@ -16,36 +16,37 @@ from zs_fast.types import Group
 
 
 def groups_to_json(groups: Sequence[Group]) -> list[Any]:
-    return [_plain(group) for group in groups]
+    return [plain(group) for group in groups]
 
 
 def groups_from_json(values: Sequence[Any]) -> list[Group]:
-    return [_build(Group, value) for value in values]
+    return [build(Group, value) for value in values]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A dataclass becomes [its name, field values...]: shorter than with field names, and unions need no guess."""
     if dataclasses.is_dataclass(value):
-        return [type(value).__name__, *(_plain(getattr(value, name)) for name in _field_types(type(value)))]
+        return [type(value).__name__, *(plain(getattr(value, name)) for name in _field_types(type(value)))]
     if isinstance(value, tuple):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     return str(value) if isinstance(value, StrEnum) else value
 
 
-def _build(kind: Any, value: Any) -> Any:
+def build(kind: Any, value: Any) -> Any:
+    """What `plain` made of a value of this type. Raises TypeError or ValueError for anything else."""
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         if value is None:
             return None
         choices = [choice for choice in get_args(kind) if choice is not type(None)]
         named = [choice for choice in choices if dataclasses.is_dataclass(choice) and choice.__name__ == value[0]]
-        return _build(named[0] if named else choices[0], value)
+        return build(named[0] if named else choices[0], value)
     if origin is tuple:
         inner = get_args(kind)[0]
-        return tuple(value) if inner in (int, float, str) else tuple(_build(inner, one) for one in value)
+        return tuple(value) if inner in (int, float, str) else tuple(build(inner, one) for one in value)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         fields = _field_types(kind)
-        return kind(**{name: _build(inner, one) for (name, inner), one in zip(fields.items(), value[1:], strict=True)})
+        return kind(**{name: build(inner, one) for (name, inner), one in zip(fields.items(), value[1:], strict=True)})
     return kind(value)
 
 

@@ -7,8 +7,25 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from zs_fast.errors import EngineError
+from zs_fast.errors import EngineError, NonFiniteError
+from zs_fast.system.distributed import gather
+
+
+def check_finite(trained: nn.Module, what: str) -> None:
+    """Return if every trained weight is a number, on all ranks; else all raise NonFiniteError naming a tensor."""
+    found = ""
+    for name, parameter in trained.named_parameters():
+        piece = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not found and parameter.requires_grad and not torch.isfinite(piece.detach()).all():
+            found = name
+    if broken := [name for name in gather(found) if name]:
+        raise NonFiniteError(
+            f"{what}: {broken[0]} holds values that are not finite, so these weights are neither sampled with nor "
+            "saved. --resume goes on from the newest checkpoint; if it comes back, start a new run with a lower "
+            "train.learning_rate."
+        )
 
 
 class Publishes(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from zs_fast.types import Completion, SearchRequest, SearchResult
@@ -20,6 +21,10 @@ class SearchBackend(Protocol):
 
     def cancel(self) -> None:
         """Give up all searches under way, and forget replies kept for others: no result of theirs comes any more."""
+        ...
+
+    def recall(self, results: Sequence[SearchResult]) -> None:
+        """Results that an interrupted rollout had got already, for a backend whose searches may share them."""
         ...
 
     def poll(self) -> list[SearchResult]:

@@ -83,6 +83,9 @@ class Bm25Search:
     def cancel(self) -> None:
         self._waiting = []
 
+    def recall(self, results: Sequence[SearchResult]) -> None:
+        pass
+
     def poll(self) -> list[SearchResult]:
         """The top passages of every waiting query, best first; the first passages for a query without words."""
         requests, self._waiting = self._waiting, []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from zs_fast.types import Completion, SearchMode, SearchRequest, SearchResult
 
 
@@ -19,6 +21,9 @@ class ClosedBook:
 
     def cancel(self) -> None:
         self._waiting = []
+
+    def recall(self, results: Sequence[SearchResult]) -> None:
+        pass
 
     def poll(self) -> list[SearchResult]:
         requests, self._waiting = self._waiting, []

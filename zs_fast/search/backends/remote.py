@@ -127,6 +127,9 @@ class RemoteSearch:
         for waiting in self._calls.values():
             waiting.clear()
 
+    def recall(self, results: Sequence[SearchResult]) -> None:
+        pass
+
     def poll(self) -> list[SearchResult]:
         """The searches finished since the last call; sends what waits, as far as `max_in_flight` allows.
 
