@@ -527,6 +527,9 @@ class LogConfig(Section):
     """Project that the run appears under in W&B."""
     rollouts_per_step: NonNegative = 8
     """Trajectories written to rollouts.jsonl each step; 0 writes none."""
+    profile_step: NonNegative = 0
+    """Step whose time is written to profile_step_N.json, a trace for ui.perfetto.dev, and summed up on the screen; 0
+    for none."""
 
 
 class SftConfig(Section):
@@ -668,6 +671,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.mini_batches is {self.train.mini_batches}, more than train.questions_per_step = "
                 f"{self.train.questions_per_step}. Lower the first or raise the second."
+            )
+        if self.log.profile_step > self.train.steps:
+            raise ValueError(
+                f"log.profile_step is {self.log.profile_step}, but the run has train.steps = {self.train.steps} steps. "
+                "Lower the first, or set it to 0 for no profile."
             )
         if self.model.quantization != "none" and self.engine.kind == "vllm":
             raise ValueError(

@@ -54,6 +54,7 @@ from zs_fast.search.curriculum import noise_probability
 from zs_fast.search.data import QuestionOrder, load_questions
 from zs_fast.search.statistics import search_statistics
 from zs_fast.setup import build_arena, load_policy, use_device
+from zs_fast.step_profile import StepProfile
 from zs_fast.system.checkpoint import Checkpoint, CheckpointStore, check_same_run
 from zs_fast.system.distributed import check_same_bits, from_main, is_main, largest, process_group, rank, together
 from zs_fast.system.environment import write_environment
@@ -225,6 +226,7 @@ class _Run:
         self._evaluate_before_the_loop(self.first_step - 1)
         for step in range(self.first_step, config.train.steps + 1):
             noise = noise_probability(step, config.curriculum, config.train.steps)
+            profile = self._profile() if step == config.log.profile_step and is_main() else None
             with self._kept_on_failure(step - 1), self.stop.allowed(), self._phase(Phase.ROLLOUT):
                 self.publisher.check()
                 played = self._play(step, noise)
@@ -238,6 +240,8 @@ class _Run:
             with self._phase(Phase.SYNC):
                 check_finite(self.trained.model, f"the policy after step {step}")
                 self.publisher.publish(step)
+            if profile is not None:
+                log.note(profile.finish(self.output))
             searches = [turn.search for group in groups for t in group.trajectories for turn in t.turns if turn.search]
             metrics = {"curriculum/noise_probability": noise} | rollout_metrics(groups) | search_statistics(searches)
             if config.train.max_staleness:
@@ -257,6 +261,16 @@ class _Run:
                 self._save_together(step)
             self._stop_without_updates(step, stats)
         return self._finish()
+
+    def _profile(self) -> StepProfile:
+        return StepProfile(
+            step=self.config.log.profile_step,
+            player=self.arena.training_player,
+            engine=self.arena.engine,
+            memory=self.memory,
+            roles=self.roles,
+            updater=self.updater,
+        )
 
     @contextmanager
     def _phase(self, phase: Phase) -> Iterator[None]:

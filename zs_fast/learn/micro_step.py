@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,8 @@ class MicroSteps:
         """Micro batches that ran out of memory so far, on this rank. A fact of the machine, not of config and seed."""
         self.token_budget: int | None = None
         """Most tokens in one micro batch, once one did not fit; None while the batch's own budget does."""
+        self.watch: Callable[[MicroBatch], AbstractContextManager[None]] | None = None
+        """What a profile enters around each pass."""
 
     def run(
         self,
@@ -91,7 +94,8 @@ class MicroSteps:
         budget = token_budget if self.token_budget is None else min(self.token_budget, token_budget)
         for micro in passes(self._model, packed.micro_batches(budget, first, last), packed.inputs.device):
             try:
-                found = step(micro)
+                with nullcontext() if self.watch is None else self.watch(micro):
+                    found = step(micro)
             except RuntimeError as error:
                 if not isinstance(error, torch.OutOfMemoryError) and CUBLAS_FAILURE not in str(error):
                     raise

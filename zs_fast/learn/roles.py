@@ -58,6 +58,15 @@ class Roles:
         """Micro batches that ran out of memory while they were scored, on this rank, so far."""
         return sum(passes.splits for passes in self._passes.values())
 
+    def scoring_passes(self) -> dict[Role, MicroSteps]:
+        """By role, for every model that may score: who makes its passes."""
+        models: dict[Role, nn.Module] = {Role.POLICY: self.policy.model}
+        if self.reference is not None:
+            models[Role.REFERENCE] = self.reference.model
+        if self.critic is not None:
+            models[Role.CRITIC] = self.critic
+        return {role: self._micro_steps(role, model) for role, model in models.items()}
+
     def values(self, packed: PackedBatch, *, whole_response: bool = False) -> Tensor:
         """[N] float32 on the policy's device: the critic's values at loss tokens (or from a trajectory's first one on),
         0 elsewhere. No gradient."""
@@ -94,9 +103,13 @@ class Roles:
         self, role: Role, model: nn.Module, packed: PackedBatch, write: Callable[[MicroBatch], dict[str, Tensor]]
     ) -> None:
         """`write` each micro batch, in smaller ones where memory runs out."""
+        passes = self._micro_steps(role, model)
+        passes.run(packed, 0, packed.num_sequences, token_budget=packed.token_budget, step=write)
+
+    def _micro_steps(self, role: Role, model: nn.Module) -> MicroSteps:
         if role not in self._passes:
             self._passes[role] = MicroSteps(model, what=f"when the {role} scores it", advice=SCORE_ADVICE)
-        self._passes[role].run(packed, 0, packed.num_sequences, token_budget=packed.token_budget, step=write)
+        return self._passes[role]
 
 
 def score(

@@ -16,6 +16,7 @@ from zs_fast.errors import CheckpointUnusableError, EngineError, SimulatorError
 from zs_fast.rollout.carried import replay, turn_state
 from zs_fast.rollout.engine import Engine
 from zs_fast.rollout.journal import Journal, JournalKey, NullJournal
+from zs_fast.rollout.watch import PlayWatcher, TrajectoryName, Wait
 from zs_fast.search.backends import SearchBackend
 from zs_fast.search.codec import AnyCodec
 from zs_fast.search.environment import Episode
@@ -112,6 +113,8 @@ class Player:
         """Trajectories that wait for documents; more than one only where a question is played twice in a step."""
         self._next_request_id = 0
         self._next_salt = 0
+        self.watcher: PlayWatcher | None = None
+        """Is told what each trajectory waits for, from the moment that it waits."""
 
     def submit(
         self, question: Question, *, step: int, noise_probability: float, sampling: SamplingConfig | None = None
@@ -329,6 +332,7 @@ class Player:
             self._advance(playing)
             return
         self._searching.setdefault(request, []).append(playing)
+        self._tell(playing, Wait.SEARCH)
         self._search.submit(request)
 
     def _advance(self, playing: _Playing) -> None:
@@ -337,6 +341,7 @@ class Player:
         if episode.done:
             playing.group.num_unfinished -= 1
             self._journal.record_end(self._key(playing, Role.POLICY))
+            self._tell(playing, Wait.OTHERS)
             self._engine.end(Role.POLICY, playing.cache_salt)
             return
         key = self._key(playing, Role.POLICY)
@@ -363,9 +368,16 @@ class Player:
             ),
             stop=STOP_STRINGS,
         )
+        self._tell(playing, Wait.POLICY, request_id)
         self._engine.add(
             request_id, list(episode.context_ids), sampling, role=Role.POLICY, cache_salt=playing.cache_salt
         )
+
+    def _tell(self, playing: _Playing, wait: Wait, request_id: int | None = None) -> None:
+        if self.watcher is not None:
+            episode = playing.episode
+            name = TrajectoryName(episode.step, episode.question.id, playing.key_sample)
+            self.watcher.waits(name, wait, turn=episode.turn, request_id=request_id)
 
     def _key(self, playing: _Playing, role: Role, *, turn: int | None = None) -> JournalKey:
         episode = playing.episode

@@ -23,6 +23,7 @@ from zs_fast.rollout.kv_slots import KvSlots, Piece, SlotAttention
 from zs_fast.rollout.sampler import sample_tokens
 from zs_fast.rollout.scheduler import Request, Scheduler
 from zs_fast.rollout.stop import StopStrings, eos_token_ids
+from zs_fast.rollout.watch import EngineWatcher, Row
 from zs_fast.search.codec import Codec
 from zs_fast.types import Completion, FinishReason, Role, Sampling
 
@@ -48,6 +49,8 @@ class TransformersEngine:
         self._lanes: dict[Role, _Lane] = {}
         self._before_use: dict[Role, Callable[[], None]] = {}
         self._version = 0
+        self.watcher: EngineWatcher | None = None
+        """Is told of every request and forward."""
         for role, loaded in models.items():
             limit = max_context_tokens if isinstance(max_context_tokens, int) else max_context_tokens[role]
             packed = is_quantized(loaded.model)
@@ -67,9 +70,11 @@ class TransformersEngine:
         if role in self._before_use:
             self._before_use[role]()
         lane.add(request_id, prompt_ids, sampling, cache_salt, self._version)
+        if self.watcher is not None:
+            self.watcher.added(role, request_id, len(prompt_ids))
 
     def step(self) -> list[Completion]:
-        return [completion for lane in self._lanes.values() for completion in lane.step()]
+        return [completion for lane in self._lanes.values() for completion in lane.step(self.watcher)]
 
     def end(self, role: Role, cache_salt: str) -> None:
         self._lane(role).scheduler.end(cache_salt)
@@ -204,16 +209,25 @@ class _Lane:
             )
         self.scheduler.add(request_id, prompt_ids, sampling, cache_salt, version)
 
-    @torch.no_grad()
-    def step(self) -> list[Completion]:
+    def step(self, watcher: EngineWatcher | None = None) -> list[Completion]:
         """One forward for everything that can advance; what finished with it."""
-        # Not torch.inference_mode: a module may keep a tensor made in here (rotary tables), and a later backward
-        # would refuse it.
         if self.scheduler.num_waiting:
             self.slots.allocate()
         scheduled = self.scheduler.next_pieces()
         if not scheduled:
             return []
+        if watcher is None:
+            return self._advance(scheduled)
+        with watcher.forward(self._role, _rows(scheduled)):
+            completions = self._advance(scheduled)
+        for completion in completions:
+            watcher.finished(self._role, completion.request_id, len(completion.token_ids))
+        return completions
+
+    @torch.no_grad()
+    def _advance(self, scheduled: list[tuple[Request, list[tuple[int, int]]]]) -> list[Completion]:
+        # Not torch.inference_mode: a module may keep a tensor made in here (rotary tables), and a later backward
+        # would refuse it.
         self._steps += 1
         with _eval_mode(self.model), self._blocks.active() if self._blocks else nullcontext():
             due, logits = self._forward(scheduled)
@@ -288,6 +302,16 @@ class _Lane:
             finish_reason=reason,
             policy_version=request.policy_version,
         )
+
+
+def _rows(scheduled: list[tuple[Request, list[tuple[int, int]]]]) -> list[Row]:
+    rows = []
+    for request, pieces in scheduled:
+        last = request.num_tokens
+        decodes = bool(request.sampled_ids) and pieces[-1] == (last - 1, last)
+        tokens = sum(end - start for start, end in pieces)
+        rows.append(Row(request.request_id, tokens - decodes, decodes))
+    return rows
 
 
 @contextmanager

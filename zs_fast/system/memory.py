@@ -9,7 +9,7 @@ import ctypes
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -77,6 +77,8 @@ class Memory:
         self._current: Phase | None = None
         self._last: Phase | None = None
         self._timings: dict[str, float] = {}
+        self.watch: Callable[[Phase, float, float], None] | None = None
+        """Is told of each phase that ends: its start and end, by time.perf_counter."""
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
@@ -93,7 +95,8 @@ class Memory:
             yield
         finally:
             self._finish_computing()
-            self._add(f"{phase}/seconds", time.perf_counter() - wall)
+            ended = time.perf_counter()
+            self._add(f"{phase}/seconds", ended - wall)
             self._add(f"{phase}/cpu_seconds", time.process_time() - cpu)
             self._raise_to(f"{phase}/peak_rss_bytes", peak_rss_bytes())
             if self.device.type == "cuda":
@@ -101,6 +104,8 @@ class Memory:
                 if self._empty_cache:
                     torch.cuda.empty_cache()
             self._last, self._current = phase, None
+            if self.watch is not None:
+                self.watch(phase, wall, ended)
 
     def take(self) -> dict[str, float]:
         """The timings since the last call, for timings.jsonl.
