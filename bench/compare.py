@@ -266,11 +266,31 @@ def _plans(summary: Mapping[str, Any]) -> Iterator[tuple[Key, Figure]]:
             yield ("plan", one["setup"], f"{phase}_bytes"), Figure(Kind.MEMORY, size, shape)
 
 
+def _steps(summary: Mapping[str, Any]) -> Iterator[tuple[Key, Figure]]:
+    """Of `end_to_end`: each phase of each way, and the whole step."""
+    work = summary["workload"]
+    shape = (
+        f"{' '.join(summary['recipes'])} {summary['dtype']}, {work['trajectories']} trajectories of "
+        f"{work['context']:.2f} tokens, {work['searches']:.3f} searches each"
+    )
+    for way, phases in summary["ways"].items():
+        for phase in ("rollout", "score", "update", "step"):
+            one = phases[phase]
+            names = ("end_to_end", f"{way} {phase}")
+            yield (*names, summary["clock"]), Figure(Kind.SPEED, one["seconds"], shape, one["spread"])
+            for peak in ("peak_cuda_bytes", "peak_rss_bytes"):
+                yield (*names, peak), Figure(Kind.MEMORY, one[peak], shape)
+        for name, count in phases["counts"].items():
+            if not name.endswith("reused_tokens"):  # the one count of which more is better
+                yield ("end_to_end", way, name), Figure(Kind.COUNT, count, shape)
+
+
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[tuple[Key, Figure]]]] = {
     "ops": _timings,
     "train_step": _timings,
     "rollout": _schedules,
     "plan": _plans,
+    "end_to_end": _steps,
 }
 """Subject -> the figures of its files."""
 

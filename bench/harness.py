@@ -143,7 +143,7 @@ def measure(case: Case, *, rounds: int, ceilings: usage.Ceilings | None = None) 
             variant=name,
             wall_ms=statistics.median(one[0] for one in taken) * 1e3,
             cpu_ms=statistics.median(one[1] for one in taken) * 1e3,
-            spread=_spread([one[clock] for one in taken]),
+            spread=spread_of([one[clock] for one in taken]),
             speedup=times[next(iter(times))] / times[name],
             calls_per_sample=warm[name].calls,
             samples=rounds,
@@ -206,7 +206,8 @@ def _sample(function: Callable[[], Any], calls: int, device: str) -> tuple[float
     return tuple(max(one, 1e-9) / calls for one in taken)  # type: ignore[return-value]  # a clock may stand still
 
 
-def _spread(times: Sequence[float]) -> float:
+def spread_of(times: Sequence[float]) -> float:
+    """Distance between the quartiles over the median."""
     if len(times) < 2:
         return 0.0
     low, _, high = statistics.quantiles(times, n=4)

@@ -20,21 +20,19 @@ from transformers import PreTrainedTokenizerFast
 
 from bench.ops import ROOT, one_thread
 from bench.results import verdict_lines, write_results
-from bench.rollout_trace import GROUP_SIZE, RUN_SEED, Trace, TraceEngine, draw_seed, load_trace
+from bench.rollout_trace import GROUP_SIZE, RUN_SEED, Trace, TraceEngine, load_trace
+from bench.turns import REFERENCE_CALLS, TurnGame
 from zs_fast.config import GameConfig, SamplingConfig, SimulatorConfig
 from zs_fast.errors import ConfigError
 from zs_fast.models.load import LoadedModel
 from zs_fast.rollout.engine import EngineStats, LocalEngine
 from zs_fast.rollout.play import Player, Refill
 from zs_fast.rollout.transformers_engine import TransformersEngine
-from zs_fast.search.environment import Episode
 from zs_fast.search.simulator import SimulatedSearch
 from zs_fast.system.environment import environment
 from zs_fast.testing import tiny_model
-from zs_fast.types import Role, Sampling, SearchRequest
+from zs_fast.types import Role
 
-REFERENCE_CALLS = 10
-"""Simulator calls that ZeroSearch's code has under way at once."""
 STEPS = 5
 """Consecutive steps of the mode with refill; those after the first are the steady state."""
 GAME = GameConfig(max_turns=5, max_new_tokens=400, max_observation_tokens=400, max_context_tokens=4096)
@@ -146,66 +144,25 @@ def run_rollout(*, kind: str = "transformers", slots: int | None = None, quick: 
 
 
 def _in_turns(stage: _Stage, *, calls: int | None, keep_prefix: bool) -> Result:
-    """One step with a barrier after every turn: all actions, then all searches, at most `calls` of them at once.
-
-    Without `keep_prefix` each turn announces new weights, as a framework does that loads them for every turn: nothing
-    computed before is found again.
-    """
+    """One step with a barrier after every turn (turns.py)."""
     before = stage.counted()
-    live = {
-        index: _episode(stage, question_number=index // GROUP_SIZE, sample=index % GROUP_SIZE)
-        for index in range(len(stage.trace.trajectories))
-    }
-    version = 0
-    while live:
-        if not keep_prefix:
-            version += 1
-            stage.engine.publish(version)
-        waiting = _act(stage, live, keep_prefix=keep_prefix)
-        _search(stage, live, waiting, calls)
-        for index in [index for index, episode in live.items() if episode.done]:
-            stage.engine.end(Role.POLICY, f"salt-{index}")
-            del live[index]
-    return _result(stage, before, stage.counted(), steps=1)
-
-
-def _episode(stage: _Stage, *, question_number: int, sample: int) -> Episode:
-    return Episode(
-        stage.trace.questions[question_number],
-        sample=sample,
-        step=1,
-        noise_probability=0.0,
+    game = TurnGame(
+        stage.engine,  # type: ignore[arg-type]  # forwards what a game uses
+        stage.search,
+        stage.engine.policy_codec,  # type: ignore[arg-type]  # a codec of the trace's lengths
+        stage.trace.questions,
         game=GAME,
-        codec=stage.engine.policy_codec,  # type: ignore[arg-type]  # a codec of the trace's lengths
+        sampling=SamplingConfig(),
+        group_size=GROUP_SIZE,
+        run_seed=RUN_SEED,
+        step=1,
+        calls=calls,
+        keep_prefix=keep_prefix,
     )
-
-
-def _act(stage: _Stage, live: dict[int, Episode], *, keep_prefix: bool) -> list[SearchRequest]:
-    """One completion of every live trajectory; the searches they ask for."""
-    for index, episode in live.items():
-        sampling = Sampling(
-            max_new_tokens=episode.max_new_tokens(), seed=draw_seed(1, index, episode.turn, Role.POLICY)
-        )
-        salt = f"salt-{index}" if keep_prefix else None
-        stage.engine.add(index, list(episode.context_ids), sampling, role=Role.POLICY, cache_salt=salt)
-    waiting = []
-    while stage.engine.num_unfinished:
-        for completion in stage.engine.step():
-            request = live[completion.request_id].on_completion(completion)
-            waiting += [request] if request is not None else []
-    return waiting
-
-
-def _search(stage: _Stage, live: dict[int, Episode], waiting: list[SearchRequest], calls: int | None) -> None:
-    search = stage.search
-    while waiting or search.num_pending:
-        while waiting and (calls is None or search.num_pending < calls):
-            search.submit(waiting.pop(0))
-        for completion in stage.engine.step():
-            search.deliver(completion)
-        for result in search.poll():
-            index = int(result.request.question.id[1:]) * GROUP_SIZE + result.request.sample
-            live[index].on_search_result(result)
+    while game.live:
+        game.act()
+        game.search()
+    return _result(stage, before, stage.counted(), steps=1)
 
 
 def _played(stage: _Stage, *, steps: int, refill: int) -> Result:

@@ -44,6 +44,13 @@ def ceilings(device: str, *, quick: bool = False) -> Ceilings:
     return Ceilings(copied, 2 * size**3 / _median_seconds(lambda: torch.mm(a, b), device))
 
 
+def matrix_rate(device: str, dtype: torch.dtype, *, quick: bool = False) -> float:
+    """Floating-point operations a second of a large matrix product in this type, measured now."""
+    size = 256 if quick else 1536 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _median_seconds(lambda: torch.mm(a, b), device)
+
+
 def _copied_per_second(number: int, device: str) -> float:
     source = torch.rand(number, device=device)
     target = torch.empty_like(source)

@@ -57,6 +57,8 @@ class Arena:
     engine: LocalEngine
     codec: Codec
     training_player: Player
+    training_search: SearchBackend
+    """Who answers the searches of `training_player`."""
     evaluation_players: dict[str, Player] = field(default_factory=dict)
     """By name: `simulator`, `bm25`, `retriever`, `closed_book`, `rag_bm25`, `direct`, ... (`planned_evaluations`)."""
     remote: OpenAIEngine | None = None
@@ -328,6 +330,7 @@ def build_arena(
         engine=engine,
         codec=codec,
         training_player=player(training_search, config.sampling, config.train.group_size),
+        training_search=training_search,
         evaluation_players={
             name: player(judges[search], greedy, 1, method) for name, (method, search) in planned.items()
         },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from zs_fast.config import RunConfig
 from zs_fast.system.hardware import Hardware
@@ -21,38 +21,72 @@ LAUNCH_S = 0.002
 """Of the host in a decoding step on a GPU."""
 
 
-def phase_seconds(config: RunConfig, hardware: Hardware) -> dict[PlanPhase, float]:
-    """About how many seconds each phase of a step takes, for trajectories of usual length.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """A step's trajectories, as numbers; what is per trajectory is a mean."""
 
-    A trajectory has a prompt, and for each search a turn, an answer, and a last turn. Prefixes are computed once.
-    """
+    trajectories: int
+    searches: float
+    """Per trajectory."""
+    prompt: float
+    """Tokens of the game's prompt."""
+    written: float
+    """Tokens of the policy, per trajectory."""
+    documents: float
+    """Tokens of all observations, per trajectory."""
+    context: float
+    """Tokens of a whole trajectory."""
+    asked: float = 0.0
+    """Tokens of the simulator's prompt for a search."""
+    answered: float = 0.0
+    """Tokens that the simulator writes for a search."""
+
+
+def usual_workload(config: RunConfig) -> Workload:
+    """Trajectories of usual length: a prompt, and for each search a turn, an answer, and a last turn."""
     game, simulator, train = config.game, config.simulator, config.train
-    if hardware.is_cuda and config.model.dtype == "float32":
-        hardware = replace(hardware, flop_per_s=hardware.flop_per_s / FLOAT32_SLOWER)
-    number = train.questions_per_step * train.group_size
     searches = SEARCHES_PER_CHANCE * (game.max_turns - 1)
     written = (searches + 1) * min(TOKENS_PER_TURN, game.max_new_tokens)
     documents = searches * min(TOKENS_PER_ANSWER, game.max_observation_tokens)
-    context = min(POLICY_PROMPT_TOKENS + written + documents, game.max_context_tokens)
+    return Workload(
+        trajectories=train.questions_per_step * train.group_size,
+        searches=searches,
+        prompt=POLICY_PROMPT_TOKENS,
+        written=written,
+        documents=documents,
+        context=min(POLICY_PROMPT_TOKENS + written + documents, game.max_context_tokens),
+        asked=SIMULATOR_PROMPT_TOKENS[simulator.template],
+        answered=min(TOKENS_PER_ANSWER, simulator.max_new_tokens),
+    )
+
+
+def phase_seconds(config: RunConfig, hardware: Hardware) -> dict[PlanPhase, float]:
+    """About how many seconds each phase of a step takes, for trajectories of usual length."""
+    floors = phase_floors(config, hardware, usual_workload(config))
+    return {phase: seconds / REACHED[phase] for phase, seconds in floors.items()}
+
+
+def phase_floors(config: RunConfig, hardware: Hardware, work: Workload) -> dict[PlanPhase, float]:
+    """The fewest seconds that each phase of a step can take: prefixes are computed once, slots are always full."""
+    train, simulator = config.train, config.simulator
+    if hardware.is_cuda and config.model.dtype == "float32":
+        hardware = replace(hardware, flop_per_s=hardware.flop_per_s / FLOAT32_SLOWER)
+    number, slots = work.trajectories, config.engine.slots
     policy, item = shape_of(config.model.path), ITEM_BYTES[config.model.dtype]
-    is_local = simulator.kind in ("model", "policy")
-    rollout = _decode(policy, item, number, written, context, config.engine.slots, hardware)
-    rollout += _forward(policy, number / train.group_size * POLICY_PROMPT_TOKENS + number * documents, 0, hardware)
-    if is_local and searches:
+    rollout = _decode(policy, item, number, work.written, work.context, slots, hardware)
+    rollout += _forward(policy, number / train.group_size * work.prompt + number * work.documents, 0, hardware)
+    calls = number * work.searches
+    if simulator.kind in ("model", "policy") and calls:
         other = shape_of(simulator.path) if simulator.kind == "model" else policy
-        asked = SIMULATOR_PROMPT_TOKENS[simulator.template]
-        answer = min(TOKENS_PER_ANSWER, simulator.max_new_tokens)
-        calls = number * searches
-        rollout += _decode(other, item, calls, answer, asked + answer, config.engine.slots, hardware)
-        rollout += _forward(other, calls * asked, 0, hardware)
-    one = _forward(policy, number * context, number * written, hardware, context=context)
+        rollout += _decode(other, item, calls, work.answered, work.asked + work.answered, slots, hardware)
+        rollout += _forward(other, calls * work.asked, 0, hardware)
+    one = _forward(policy, number * work.context, number * work.written, hardware, context=work.context)
     passes = (config.algorithm.kl_coefficient > 0) + (train.mini_batches * train.epochs > 1)
     trained = (2.0 if policy_rank(config) else 3.0) + train.gradient_checkpointing
     update = one * trained * train.epochs
     if config.algorithm.name == "ppo":
         passes, update = passes + 1, 2 * update
-    floors = {PlanPhase.ROLLOUT: rollout, PlanPhase.SCORE: one * passes, PlanPhase.UPDATE: update}
-    return {phase: seconds / REACHED[phase] for phase, seconds in floors.items()}
+    return {PlanPhase.ROLLOUT: rollout, PlanPhase.SCORE: one * passes, PlanPhase.UPDATE: update}
 
 
 def _attention_flop(shape: Shape, tokens: float, context: float) -> float:
