@@ -37,6 +37,13 @@ ROUNDS = 3
 LEAST_SPEED = 2.0
 """Of a step, over the reference's pattern."""
 COMPUTING = (Phase.ROLLOUT, Phase.SCORE, Phase.UPDATE)
+PLAIN = {
+    "eval.data": [""],
+    "train.max_staleness": ["0"],
+    "train.offload_optimizer_state": ["false"],
+    "simulator.offload_weights": ["false"],
+}
+"""What a single step has no use for, or is not taken with here."""
 QUICK = {
     "train.questions_per_step": ["2"],
     "train.group_size": ["2"],
@@ -69,7 +76,7 @@ def run(recipes: Sequence[str] = ("quickstart",), *, rounds: int = ROUNDS, quick
     """
     if rounds < 1:
         raise ConfigError(f"zs-fast bench end_to_end --rounds {rounds}: at least 1")
-    changes = {"eval.data": [""], "train.max_staleness": ["0"], **(QUICK if quick else {})}
+    changes = {**PLAIN, **(QUICK if quick else {})}
     config = load_recipe(recipes, changes)
     kind = "cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu"
     if kind == "cpu":
