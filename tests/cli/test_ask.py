@@ -43,9 +43,8 @@ def scripted(monkeypatch):
         said = iter(turns)
         engine = ScriptedEngine({Role.POLICY: lambda ids: next(said)}, codec)
         monkeypatch.setattr(zs_fast.ask, "load_policy", lambda *_: None)
-        monkeypatch.setattr(
-            zs_fast.ask, "build_arena", lambda *_, **__: Arena(engine=engine, codec=codec, training_player=None)
-        )
+        arena = Arena(engine=engine, codec=codec, training_player=None, training_search=None)
+        monkeypatch.setattr(zs_fast.ask, "build_arena", lambda *_, **__: arena)
         monkeypatch.setattr(SearchEngines, "judge", lambda *_: ScriptedSearch(documents))
         screen = Pieces()
         screen.encoding = encoding
