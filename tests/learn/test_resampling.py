@@ -16,7 +16,7 @@ NUMBER = 3
 
 
 def stub_run(rewards, make_trajectory, make_group, monkeypatch, *, questions: int = 40, **algorithm):
-    """(a run's `_play`, the questions it asked for): question i is answered with the rewards rewards(i, nth play)."""
+    """(a run that plays batches, the questions it asked for): question i is answered with the rewards rewards(i, nth play)."""
     config = RunConfig(algorithm={"name": "dapo"} | algorithm, train={"questions_per_step": NUMBER, "group_size": 2})
     data = [Question(id=f"q{i}", text="?", answers=("a",), source="test") for i in range(questions)]
     asked: list[list[str]] = []
@@ -35,14 +35,14 @@ def stub_run(rewards, make_trajectory, make_group, monkeypatch, *, questions: in
         config=config,
         order=QuestionOrder(data, 0),
         batches_played=0,
-        log=SimpleNamespace(progress=lambda *_: None),
+        _progress=lambda *_: None,
         arena=SimpleNamespace(training_player=SimpleNamespace(pause=lambda: None, carried=lambda: [])),
     )
     return run, asked
 
 
 def play(run):
-    found = zs_fast.train._Run._play(run, 1, 0.0)
+    found = zs_fast.train._Run._play_batches(run, 1, 0.0, run.arena.training_player)
     return [g.question.id for g in found.groups], [g.question.id for g in found.chosen], found.batches_played
 
 
