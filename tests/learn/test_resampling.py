@@ -16,7 +16,7 @@ NUMBER = 3
 
 
 def stub_run(rewards, make_trajectory, make_group, monkeypatch, *, questions: int = 40, **algorithm):
-    """(a run that plays batches, the questions it asked for): question i is answered with the rewards rewards(i, nth play)."""
+    """(a run that plays batches, the questions it asked for): question i is answered with the rewards rewards(i)."""
     config = RunConfig(algorithm={"name": "dapo"} | algorithm, train={"questions_per_step": NUMBER, "group_size": 2})
     data = [Question(id=f"q{i}", text="?", answers=("a",), source="test") for i in range(questions)]
     asked: list[list[str]] = []
