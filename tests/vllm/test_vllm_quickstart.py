@@ -12,7 +12,7 @@ from zs_fast.train import train
 
 @pytest.mark.full
 def test_the_quickstart_learns_to_search_through_vllm(tmp_path):
-    """Seed 0. Took 688 s beside seven other jobs on two cores: F1 0.240 -> 0.899, with BM25 0.275 -> 0.980."""
+    """Seed 0. Took 687 s beside other jobs on two cores: F1 0.240 -> 0.899, with BM25 0.275 -> 0.980."""
     overrides = {"engine.kind": "vllm", "output": tmp_path / "run", "seed": 0}
     summary = train(load_recipe(["quickstart"], {key: [str(value)] for key, value in overrides.items()}))
     assert summary["f1_before"] <= 0.35 and summary["f1_after"] >= 0.80
