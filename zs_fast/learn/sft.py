@@ -144,7 +144,7 @@ def sft_step(
     *,
     step: int,
     token_budget: int,
-    micro_steps: MicroSteps | None = None,
+    micro_steps: MicroSteps,
 ) -> SftStep:
     """One optimizer step on `batch`, in micro batches of at most `token_budget` tokens; one host sync.
 
@@ -163,8 +163,7 @@ def sft_step(
         torch.autograd.backward(loss)
         return {"loss": loss.detach()}
 
-    passes = micro_steps or MicroSteps(model.model, what="in fine-tuning", advice=ADVICE)
-    found = passes.run(
+    found = micro_steps.run(
         packed,
         0,
         packed.num_sequences,
