@@ -605,6 +605,10 @@ class LabelConfig(Section):
     search whether its documents suffice to answer the query."""
     correct_f1: Probability = 0.8
     """`outcome`: least F1 of a correct trajectory."""
+    answers_from: Literal["search", "question"] = "search"
+    """`answer`: what a useful example may hold: documents with an answer that its own search found, or, where it found
+    none, one that another search for the same question did. The first hop of a two-hop question seldom finds any, so
+    without it a simulator never learns what a useful document for such a query is."""
     judge: Literal["model", "openai"] = "model"
     """`judge`: a model in this process, or the server that section `simulator` names (url, remote_model, ...)."""
     judge_path: str = ""

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench import algorithms
+from bench import algorithms, sweep
 
 
 def test_the_runs_are_every_algorithm_and_ablation_with_three_seeds(tmp_path):
@@ -22,12 +22,12 @@ def test_overrides_are_fields_of_the_recipe(tmp_path):
     from zs_fast.recipe_files import load_recipe
 
     for run in algorithms.runs(tmp_path):
-        config = load_recipe([algorithms.RECIPE], {key: [value] for key, value in run.variant.overrides.items()})
-        assert config.train.warmup_steps == load_recipe([algorithms.RECIPE], {}).train.warmup_steps
+        config = load_recipe([sweep.RECIPE], {key: [value] for key, value in run.variant.overrides.items()})
+        assert config.train.warmup_steps == load_recipe([sweep.RECIPE], {}).train.warmup_steps
 
 
 def test_the_difference_of_two_rows_has_students_interval():
-    mean, width = algorithms.difference([0.9, 0.8, 0.7], [0.5, 0.5, 0.5])
+    mean, width = sweep.difference([0.9, 0.8, 0.7], [0.5, 0.5, 0.5])
     assert mean == pytest.approx(0.3) and width == pytest.approx(4.303 * 0.1 / 3**0.5)
 
 
@@ -41,7 +41,7 @@ def finished(tmp_path):
         (run.folder / "summary.json").write_text(json.dumps(summary))
         steps = [{"step": s, "reward/mean": 0.1 * s, "update/nonfinite_losses": 0.0} for s in (1, 2, 3)]
         (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
-    for seed in algorithms.SEEDS:
+    for seed in sweep.SEEDS:
         folder = tmp_path / f"untrained_seed{seed}"
         folder.mkdir()
         (folder / "evaluation.json").write_text(json.dumps({"results": {"bm25": {"f1": 0.25}}}))
@@ -59,5 +59,5 @@ def test_the_page_names_what_falls_short(finished, tmp_path):
 
 
 def test_a_finished_run_is_not_run_again(finished, monkeypatch):
-    monkeypatch.setattr(algorithms.subprocess, "Popen", lambda *a, **k: pytest.fail("a run was started"))
-    algorithms.run_all(algorithms.runs(finished), parallel=2)
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda *a, **k: pytest.fail("a run was started"))
+    sweep.run_all(algorithms.runs(finished), parallel=2)

@@ -73,6 +73,22 @@ def test_by_answer_each_search_can_give_one_of_each(tmp_path: Path, capsys: pyte
     assert train["query_contains_answer"] == 0.0
 
 
+def test_by_answer_a_useful_example_may_draw_on_another_search_for_its_question(tmp_path: Path) -> None:
+    played = []
+    for number in range(20):
+        last = trajectory(number)
+        first = replace(last.searches[0], turn=0, query=f"what leads to {number}", documents=("Bridge.", "River."))
+        played.append(replace(last, searches=(first, replace(last.searches[0], turn=1))))
+    for answers_from, useful in (("search", 16), ("question", 32)):
+        folder = tmp_path / answers_from
+        folder.mkdir()
+        summary = label(settings(folder, played, **{"label.answers_from": answers_from}))["train"]
+        assert (summary["useful_found"], summary["noisy_found"]) == (useful, 32)
+        bridging = [d for p, d in examples(folder) if "what leads to" in p and "two useful" in p]
+        assert len(bridging) == useful - 16
+        assert all(" says: thing " in documents[0] and documents[1] == "Bridge." for documents in bridging)
+
+
 def test_both_forms_are_what_sft_reads_and_say_the_same(tmp_path: Path) -> None:
     played = [trajectory(number) for number in range(10)]
     config = settings(tmp_path, played)

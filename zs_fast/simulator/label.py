@@ -12,6 +12,7 @@ Written into the output folder, the questions split once and for all:
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ def make_labels(searches: Sequence[tuple[Played, bool | None]], config: RunConfi
 
     The same query for the same question counts once. Of the more frequent mode some are left out, drawn from the seed.
     """
+    elsewhere = _found_elsewhere([played for played, _ in searches]) if config.label.answers_from == "question" else {}
     found: dict[SearchMode, dict[tuple[str, str], LabelledSearch]] = {SearchMode.USEFUL: {}, SearchMode.NOISY: {}}
     real: dict[tuple[str, str], LabelledSearch] = {}
     duplicates = untold = 0
@@ -123,7 +125,7 @@ def make_labels(searches: Sequence[tuple[Played, bool | None]], config: RunConfi
         if key in real:
             duplicates += 1
             continue
-        modes = _modes(played, verdict, config)
+        modes = _modes(played, verdict, config, elsewhere.get(key[0], ()))
         untold += not modes
         if config.label.by == "answer" and verdict is None:
             continue
@@ -184,8 +186,22 @@ def _usefulness(searches: Sequence[Played], config: RunConfig) -> list[bool | No
     ]
 
 
-def _modes(played: Played, verdict: bool | None, config: RunConfig) -> list[tuple[SearchMode, tuple[str, ...]]]:
-    """(mode, documents) of the examples that a search gives; by answer there may be one of each mode."""
+def _found_elsewhere(searches: Sequence[Played]) -> dict[str, tuple[str, ...]]:
+    """Of each question, by its normalised text: the document with an answer that most of its searches found."""
+    counts: dict[str, Counter[str]] = {}
+    for trajectory, search in searches:
+        counted = counts.setdefault(normalise(trajectory.question.text), Counter())
+        counted.update(text for text in search.documents if contains_answer([text], trajectory.question.answers))
+    return {question: tuple(text for text, _ in counted.most_common(1)) for question, counted in counts.items()}
+
+
+def _modes(
+    played: Played, verdict: bool | None, config: RunConfig, elsewhere: Sequence[str]
+) -> list[tuple[SearchMode, tuple[str, ...]]]:
+    """(mode, documents) of the examples that a search gives; by answer there may be one of each mode.
+
+    elsewhere: what stands in for documents with an answer where the search itself found none.
+    """
     k = config.simulator.documents
     documents, answers = played.search.documents, played.trajectory.question.answers
     if verdict is None:
@@ -193,7 +209,7 @@ def _modes(played: Played, verdict: bool | None, config: RunConfig) -> list[tupl
     if config.label.by != "answer":
         shown = _snippets(documents, config, answers=answers)[:k]
         return [(SearchMode.USEFUL if verdict else SearchMode.NOISY, shown)] if len(shown) == k else []
-    holding = [text for text in documents if contains_answer([text], answers)]
+    holding = [text for text in documents if contains_answer([text], answers)] or elsewhere
     others = [text for text in documents if not contains_answer([text], answers)]
     modes: list[tuple[SearchMode, tuple[str, ...]]] = []
     shown = tuple(text for text in _snippets(holding, config, answers=answers) if contains_answer([text], answers))
