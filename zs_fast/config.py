@@ -16,6 +16,8 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+PYTHON_NAME = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+"""`package.module:function`."""
 
 
 class Section(BaseModel):
@@ -55,10 +57,11 @@ class ModelConfig(Section):
 class SimulatorConfig(Section):
     """Who answers the searches in training, and how it is asked."""
 
-    kind: Literal["model", "policy", "openai", "bm25", "retriever"] = "model"
+    kind: Literal["model", "policy", "openai", "bm25", "retriever", "function"] = "model"
     """`model`: its own model; `policy`: the policy's untrained base, prompted (`model.path`; for `zs-fast eval` of a
     checkpoint, the model its run began with; for a policy with an adapter, the base without it); `openai`: a remote
-    server; `bm25`: real search in `corpus`; `retriever`: real search by the server of section `retriever`."""
+    server; `bm25`: real search in `corpus`; `retriever`: real search by the server of section `retriever`; `function`:
+    your own function."""
     adapter: str = ""
     """Peft folder of an adapter on the policy's base, through which a simulator of kind `policy` speaks; needs a policy
     with an adapter (`model.lora_rank`), whose base stays as it is."""
@@ -98,6 +101,9 @@ class SimulatorConfig(Section):
     """Most requests on the way to a remote server at once."""
     corpus: str = "quickstart:world"
     """Passages for kind `bm25`: jsonl(.gz) with id, title, text (or contents), or `quickstart:world`."""
+    function: Annotated[str, Field(pattern=f"^$|{PYTHON_NAME}")] = ""
+    """Kind `function` (and `eval.search = ["function"]`): `package.module:function` of yours, called with queries (a
+    list of str) and the number of documents; gives a list of documents (str) for each query."""
     offload_weights: bool = False
     """Keep the weights of a model of its own in main memory while the policy is scored and updated (CUDA; the copies
     run beside the phases; unmeasured). Weights that other roles read too stay where they are."""
@@ -161,6 +167,9 @@ class GameConfig(Section):
     """Prompt + all turns + observations; a trajectory that would pass it ends with `context_limit`."""
     max_query_characters: Positive = 512
     """A longer query is cut before it is sent to a simulator or retriever."""
+    reward: Annotated[str, Field(pattern=f"^(f1|exact_match|cover_match)$|{PYTHON_NAME}")] = "f1"
+    """What a trajectory is worth in training: `f1`, `exact_match` or `cover_match` of its answer, or
+    `package.module:function` of yours, called with the finished Trajectory; gives a finite number."""
 
 
 class SamplingConfig(Section):
@@ -468,9 +477,9 @@ class EvalConfig(Section):
     """First n questions of each set in seeded order; 0 takes all. `zs-fast eval --limit N` is the same."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
     """0 is greedy."""
-    search: tuple[Literal["simulator", "bm25", "retriever", "none"], ...] = ("simulator",)
-    """Who answers the searches; one evaluation each. `simulator` is the training simulator in useful mode, `bm25` and
-    `retriever` are real search, `none` finds nothing."""
+    search: tuple[Literal["simulator", "bm25", "retriever", "function", "none"], ...] = ("simulator",)
+    """Who answers the searches; one evaluation each. `simulator` is the training simulator in useful mode, `bm25`,
+    `retriever` and `function` (simulator.function) are real search, `none` finds nothing."""
     methods: tuple[MethodName, ...] = ("agent",)
     """How the questions are asked; `agent` plays the game of the training. The others are baselines of one
     completion: `direct` answers at once, `cot` reasons in words first, `rag` gets the documents of one search for the
@@ -697,6 +706,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"simulator.offload_weights is true, but a simulator of kind {simulator.kind!r} and process "
                 f"{simulator.process!r} has no weights in this process. Leave it out."
+            )
+        if not simulator.function and "function" in (simulator.kind, *self.eval.search):
+            raise ValueError(
+                "simulator.kind or eval.search is 'function', but simulator.function names none. Set it to "
+                "package.module:function, such as my_search:search."
             )
         if simulator.kind != "model" and simulator.process == "child":
             raise ValueError(

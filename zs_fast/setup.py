@@ -36,17 +36,26 @@ from zs_fast.rollout.transformers_engine import TransformersEngine
 from zs_fast.search.backends import SearchBackend
 from zs_fast.search.backends.bm25 import Bm25Index, Bm25Search
 from zs_fast.search.backends.closed_book import ClosedBook
+from zs_fast.search.backends.function import FunctionSearch
 from zs_fast.search.backends.passages import read_corpus
 from zs_fast.search.backends.remote import DIALECTS, RemoteSearch
 from zs_fast.search.by_set import QuestionSets, SearchBySet
 from zs_fast.search.codec import ByteCodec, Codec
+from zs_fast.search.own_code import load_function
+from zs_fast.search.reward import reward_of
 from zs_fast.search.simulator import SimulatedSearch
 from zs_fast.system.distributed import local_rank, world_size
 from zs_fast.system.memory import return_freed_memory, wake_kv_cache
 from zs_fast.system.seeds import seed_for
 from zs_fast.types import Role
 
-EVALUATION_NAMES = {"simulator": "simulator", "bm25": "bm25", "retriever": "retriever", "none": "closed_book"}
+EVALUATION_NAMES = {
+    "simulator": "simulator",
+    "bm25": "bm25",
+    "retriever": "retriever",
+    "function": "function",
+    "none": "closed_book",
+}
 """`eval.search` -> the evaluation's name in metrics and summary."""
 
 
@@ -103,6 +112,10 @@ class SearchEngines:
             if self.retriever is None:
                 self.retriever = RemoteSearch(self.config.retriever, documents=documents, processes=processes)
             return self.retriever
+        if kind == "function":
+            name = self.config.simulator.function
+            function = load_function(name, setting="simulator.function")
+            return FunctionSearch(function, documents=self.config.simulator.documents, name=name)
         return self._simulated()
 
     def judge(self, name: str, sets: QuestionSets) -> SearchBackend:
@@ -250,6 +263,7 @@ def simulator_name(config: RunConfig, *, training: bool, policy: LoadedModel | N
             "openai": simulator.url,
             "bm25": f"bm25 in {simulator.corpus}",
             "retriever": f"{retriever.kind} at {retriever.url or DIALECTS[retriever.kind].default_url}",
+            "function": simulator.function,
         }[simulator.kind]
     if policy is not None and adapter_rank(policy.model):
         return simulator.adapter or policy.base
@@ -284,6 +298,7 @@ def build_arena(
     what evaluations play; needed where `eval.corpus` has passages for each set. All
     players keep their replies in `journal`.
     """
+    reward_of(config.game.reward)  # one that is missing is an error now, not after the first rollout
     planned = planned_evaluations(config.eval)
     used = {search for _, search in planned.values()} | ({"simulator"} if training else set())
     models = {Role.POLICY: policy}
@@ -293,7 +308,7 @@ def build_arena(
         remote = OpenAIEngine(config.simulator)
     elif "simulator" in used and config.simulator.process == "child":
         child, remote = _simulator_process(config, device)
-    elif "simulator" in used and config.simulator.kind not in ("bm25", "retriever"):
+    elif "simulator" in used and config.simulator.kind not in ("bm25", "retriever", "function"):
         models[Role.SIMULATOR] = _simulator_model(config, policy, base, device, training=training)
     try:
         engine = _engine(config, models, device)

@@ -7,13 +7,14 @@ cut or re-encoded, so the next completion is sampled from, and later trained on,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from zs_fast.config import GameConfig, MethodName
 from zs_fast.errors import ConfigError, EngineError
 from zs_fast.search.codec import AnyCodec
 from zs_fast.search.parser import parse_turn
 from zs_fast.search.prompts import INVALID_ACTION, method_prompt, observation
-from zs_fast.search.reward import score
+from zs_fast.search.reward import reward_of, score
 from zs_fast.search.untrusted import clean_document, without_cut_tag
 from zs_fast.types import (
     Action,
@@ -80,6 +81,7 @@ class Episode:
         self._opening: SearchResult | None = None
         self._pending: SearchRequest | None = None
         self._stop_reason: StopReason | None = None
+        self._trajectory: Trajectory | None = None
         if method == "rag":
             self._pending = self._request(question.text)
         else:
@@ -158,22 +160,27 @@ class Episode:
             self._observe(text, ids, result)
 
     def trajectory(self) -> Trajectory:
-        """The finished trajectory with its scores; the reward is the F1 of the terminating answer."""
+        """The finished trajectory with the scores of its terminating answer, and its reward (`game.reward`)."""
         assert self._stop_reason is not None, "the trajectory is not over"
+        if self._trajectory is None:
+            self._trajectory = self._scored(self._stop_reason)
+        return self._trajectory
+
+    def _scored(self, stop_reason: StopReason) -> Trajectory:
         last = self._turns[-1].action if self._turns else None
-        answered = self._stop_reason is StopReason.ANSWER and isinstance(last, Answer)
+        answered = stop_reason is StopReason.ANSWER and isinstance(last, Answer)
         scores = score(last.text if answered and isinstance(last, Answer) else None, self.question.answers)
-        return Trajectory(
+        played = Trajectory(
             question=self.question,
             sample=self.sample,
             prompt_ids=self.prompt_ids,
             turns=tuple(self._turns),
-            stop_reason=self._stop_reason,
+            stop_reason=stop_reason,
             scores=scores,
-            reward=scores.f1,
             opening=self._opening,
-            trainable=self._stop_reason is not StopReason.SEARCH_FAILED,
+            trainable=stop_reason is not StopReason.SEARCH_FAILED,
         )
+        return replace(played, reward=reward_of(self._game.reward)(played))
 
     def _open(self, documents: str) -> None:
         """Begin with the prompt, if a completion has room behind it."""

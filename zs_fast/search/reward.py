@@ -1,4 +1,5 @@
-"""How an answer is scored: word F1 (the reward), exact match and cover match, each against the best gold answer.
+"""How an answer is scored: word F1 (the reward, if not told otherwise), exact match and cover match, each against the
+best gold answer.
 
 Only the text of the answer that ended the trajectory is ever scored: not the prompt, not a document, not an answer
 that was thought about. No answer scores 0. A gold answer in which normalisation leaves nothing never matches.
@@ -10,12 +11,15 @@ rule. Source of the F1: arXiv:2505.04588, section 3.5.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from zs_fast.types import Scores
+from zs_fast.errors import ConfigError
+from zs_fast.search.own_code import load_function
+from zs_fast.types import Scores, Trajectory
 
 MAX_ANSWER_CHARACTERS = 4096
 """Only this many characters at the start of an answer are scored."""
@@ -55,6 +59,27 @@ def score(answer: str | None, answers: Sequence[str]) -> Scores:
         exact_match=exact_match(prediction, answers),
         cover_match=cover_match(prediction, answers),
     )
+
+
+def reward_of(name: str) -> Callable[[Trajectory], float]:
+    """The reward that `game.reward` names: one of the scores, or a function of somebody's own, whose result is checked.
+
+    Raises PreflightError where there is no such function; the reward raises ConfigError for what is no finite number.
+    """
+    if ":" not in name:
+        return lambda trajectory: float(getattr(trajectory.scores, name))
+    function = load_function(name, setting="game.reward")
+
+    def reward(trajectory: Trajectory) -> float:
+        value = function(trajectory)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(
+                f"game.reward {name} gave {value!r} for question {trajectory.question.id!r}, sample "
+                f"{trajectory.sample}. A reward is a finite int or float."
+            )
+        return float(value)
+
+    return reward
 
 
 def contains_answer(documents: Sequence[str], answers: Sequence[str]) -> bool:
