@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from zs_fast.errors import ConfigError, PreflightError
-from zs_fast.system.files import FileOperations, discard, replace_file
+from zs_fast.system.files import FileOperations, discard, make_durable_directory, replace_file
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def check_writable(folder: Path, *, files: FileOperations | None = None) -> None
     probe = folder / f".probe-{os.getpid()}"
     operations = files or FileOperations()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_durable_directory(operations, folder)
         replace_file(operations, probe, b"probe\n")
         operations.unlink(probe)
     except OSError as error:
