@@ -231,7 +231,7 @@ def _paired(new: Mapping[Key, Figure], baseline: Mapping[Key, Figure]) -> Iterat
 
 
 def _timings(summary: Mapping[str, Any]) -> Iterator[tuple[Key, Figure]]:
-    """Of `ops` and `train_step`."""
+    """Of `ops`, `train_step` and `generate`."""
     clock = "cpu_ms" if _device(summary) == "cpu" else "wall_ms"
     for one in summary["timings"]:
         names = (one["case"], one["variant"])
@@ -288,6 +288,7 @@ def _steps(summary: Mapping[str, Any]) -> Iterator[tuple[Key, Figure]]:
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[tuple[Key, Figure]]]] = {
     "ops": _timings,
     "train_step": _timings,
+    "generate": _timings,
     "rollout": _schedules,
     "plan": _plans,
     "end_to_end": _steps,

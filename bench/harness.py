@@ -225,14 +225,19 @@ def _floor(case: Case, times: Mapping[str, float], ceilings: usage.Ceilings | No
 
 def judge(case: Case, timings: Sequence[Timing]) -> list[dict[str, Any]]:
     """Each target of a case: what was measured, and whether it is met (None: a variant it speaks of is absent)."""
+    return judge_timings(case.name, case.targets, timings, case.device)
+
+
+def judge_timings(name: str, targets: Sequence[Target], timings: Sequence[Timing], device: str) -> list[dict[str, Any]]:
+    """The same for the timings of one case that were not taken by `measure`."""
     found = {timing.variant: timing for timing in timings}
     verdicts = []
-    for target in case.targets:
-        measured = _measured(target, found, case.device)
+    for target in targets:
+        measured = _measured(target, found, device)
         met = None
         if measured is not None:
             met = measured >= target.at_least if target.at_least is not None else measured <= (target.at_most or 0.0)
-        verdicts.append({"case": case.name, "target": target.text, "measured": measured, "met": met})
+        verdicts.append({"case": name, "target": target.text, "measured": measured, "met": met})
     return verdicts
 
 

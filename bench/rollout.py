@@ -2,7 +2,8 @@
 
 A committed trace gives the lengths; random models write that many tokens. What is compared is counted, so that a busy
 machine has no part in it: engine steps (one token, or a prefill, for whoever can advance, policy and simulator alike)
-and prompt tokens that went through a model. Wall and CPU time stand beside.
+and prompt tokens that went through a model. Wall and CPU time stand beside. With `--against generate`: how fast the
+engine writes, against transformers (generate.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from bench import generate
 from bench.ops import ROOT, one_thread
 from bench.results import verdict_lines, write_results
 from bench.rollout_trace import GROUP_SIZE, RUN_SEED, Trace, TraceEngine, load_trace
@@ -97,7 +99,12 @@ def main(words: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--slots", type=int)
     parser.add_argument("--quick", action="store_true")
-    given = parser.parse_args(list(words))
+    parser.add_argument("--against", choices=("generate",))
+    given, others = parser.parse_known_args(list(words))
+    if given.against == "generate":
+        return generate.main([word for word in words if word not in ("--against", "generate")])
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     return run_rollout(kind=given.engine, slots=given.slots, quick=given.quick)
 
 

@@ -117,6 +117,10 @@ class TransformersEngine:
         """The tokens of an unfinished request up to now; none for one that has not begun, or is finished."""
         return self._lane(role).scheduler.sampled_so_far(request_id)
 
+    def eos_ids(self, role: Role) -> set[int]:
+        """The token ids that end a completion; a benchmark that counts tokens empties the set."""
+        return self._lane(role).eos_ids
+
     def module(self, role: Role) -> PreTrainedModel:
         """The module that samples for `role`: the very one that was passed in."""
         return self._lane(role).model
@@ -167,7 +171,7 @@ class _Lane:
         self._lm_head = loaded.model.get_output_embeddings()
         self._vocab_size = len(loaded.tokenizer)
         codec = Codec(loaded.tokenizer, chat_template=True)
-        self._eos_ids = eos_token_ids(loaded, codec)
+        self.eos_ids = set(eos_token_ids(loaded, codec))
         self._stop_strings = StopStrings(codec)
         self._max_tokens = max_tokens
         self._blocks = FixedBlocks(loaded.model) if batch_invariant else None
@@ -285,7 +289,7 @@ class _Lane:
         self._decode_tokens += 1
         request.sampled_ids.append(token)
         request.logprobs.append(logprob)
-        if token in self._eos_ids or self._stop_strings.completed(request.sampled_ids, request.sampling.stop):
+        if token in self.eos_ids or self._stop_strings.completed(request.sampled_ids, request.sampling.stop):
             return FinishReason.STOP
         if len(request.sampled_ids) >= request.sampling.max_new_tokens:
             return FinishReason.LENGTH
