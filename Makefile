@@ -16,7 +16,7 @@ VLLM_STAMP := $(VLLM_VENV)/.zs_fast_setup
 PEERS ?= $(VENV)/.zs_fast_peers
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test check test-full test-vllm test-report setup-smollm2 simulator bench algorithms faults kernels-report gpu clean
+.PHONY: setup quickstart test check test-full test-vllm test-report setup-smollm2 simulator bench algorithms headline faults kernels-report gpu clean
 
 setup: $(STAMP)
 
@@ -80,6 +80,11 @@ bench: $(STAMP) $(PEERS)
 # call goes on where the first was stopped. Writes docs/algorithms.md.
 algorithms: $(STAMP)
 	PYTHONPATH=. $(BIN)/python -m bench.algorithms
+
+# What a policy learns from a prompted, a fine-tuned and a larger simulator, and from real search, three seeds each.
+# Writes docs/headline.md.
+headline: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m bench.headline
 
 # The table of faults, row by row, in full (hours); a second call goes on where the first was stopped. Writes
 # docs/faults.md. FAULTS="--fast" runs every row at the size of `make test`, FAULTS="F01 F20" these alone.

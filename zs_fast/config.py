@@ -82,6 +82,10 @@ class SimulatorConfig(Section):
     """Documents per search (k)."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.8
     """Sampling temperature of the simulator."""
+    max_samples: Annotated[int, Field(ge=1, le=20)] = 1
+    """Most texts it writes for one search. Above 1, one that isn't what its mode promises is sampled again: useful
+    documents without a gold answer, noisy ones with one, or none at all; the last one is taken as it is. So the share
+    of noise is what the curriculum says. The paper takes the first; answers yes and no can't be told."""
     max_new_tokens: Positive = 600
     """Most tokens the simulator may write per search."""
     share_noise_in_group: bool = False

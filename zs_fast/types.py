@@ -143,6 +143,8 @@ class SearchResult:
     """No documents could be had; the trajectory ends with `StopReason.SEARCH_FAILED`."""
     error: str = ""
     num_generated_tokens: int = 0
+    num_samples: int = 1
+    """Texts that the simulator wrote until one was taken (`simulator.max_samples`)."""
     shared: bool = False
     """The documents are those of another trajectory's search for the same; no call was made for this one."""
 

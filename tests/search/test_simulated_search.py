@@ -337,6 +337,75 @@ def test_a_bidirectional_or_invisible_character_is_a_space() -> None:
     assert clean_query("a\u202eb\u200bc\x00d\ufeffe\ud800f", 512) == "a b c d e f"
 
 
+# Sampled again
+
+WITH = "Doc 1: Jane Austen wrote Emma."
+WITHOUT = "Doc 1: Emma has many readers."
+
+
+def sampled(*texts: str, request: SearchRequest | None = None, **settings: object):
+    """The engine, the search, and the results once the model has written `texts` one after the other."""
+    engine, search = make_search(documents=1, **settings)
+    search.submit(request or make_request())
+    for number, text in enumerate(texts):
+        assert len(engine.added) == number + 1, "it was not asked again"
+        search.deliver(completion(engine.added[number][0], text))
+    return engine, search, search.poll()
+
+
+@pytest.mark.parametrize(
+    ("noise", "texts"),
+    [(0.0, [WITHOUT, WITH]), (1.0, [WITH, WITHOUT]), (0.0, ["", WITH]), (0.0, ["I can not do that.", WITHOUT, WITH])],
+)
+def test_a_text_that_is_not_what_its_mode_promises_is_sampled_again(noise: float, texts: list[str]) -> None:
+    request = make_request(noise_probability=noise)
+    engine, search, (result,) = sampled(*texts, request=request, max_samples=3)
+    assert len(engine.added) == len(texts) == result.num_samples and search.num_pending == 0
+    assert result.contains_answer == (noise == 0.0) and not result.failed and result.request is request
+    assert result.num_generated_tokens == sum(map(len, texts))
+    assert len({prompt for _, prompt, _, _ in engine.added}) == 1, "the same prompt"
+    assert len({sampling.seed for _, _, sampling, _ in engine.added}) == len(texts), "another draw"
+    assert search_statistics([result])["search/samples"] == len(texts)
+
+
+def test_the_last_sample_is_taken_as_it_is() -> None:
+    engine, _search, (result,) = sampled(WITHOUT, WITHOUT, max_samples=2)
+    assert len(engine.added) == 2 and result.documents == ("Emma has many readers.",) and not result.contains_answer
+    engine, _search, (result,) = sampled("", "", max_samples=2)
+    assert len(engine.added) == 2 and result.failed and result.error == "empty_output"
+
+
+def test_by_default_the_first_sample_is_taken() -> None:
+    engine, _search, (result,) = sampled(WITHOUT)
+    assert len(engine.added) == 1 and result.num_samples == 1 and "search/samples" not in search_statistics([result])
+
+
+def test_an_engine_that_fails_is_not_asked_again() -> None:
+    engine, search = make_search(max_samples=5)
+    search.submit(make_request())
+    search.deliver(completion(engine.added[0][0], "", FinishReason.FAILED, error="gone"))
+    (result,) = search.poll()
+    assert len(engine.added) == 1 and result.failed and result.error == "gone"
+
+
+def test_yes_and_no_can_not_be_told() -> None:
+    question = replace(QUESTION, answers=("no",))
+    engine, _search, (result,) = sampled(WITHOUT, request=make_request(question=question), max_samples=3)
+    assert len(engine.added) == 1 and not result.failed
+
+
+def test_all_who_share_a_call_wait_for_the_sample_that_is_taken() -> None:
+    engine, search = make_search(documents=1, max_samples=2, share_noise_in_group=True)
+    search.submit(make_request(sample=0))
+    search.deliver(completion(engine.added[0][0], WITHOUT))
+    search.submit(make_request(sample=1))
+    assert len(engine.added) == 2 and search.num_pending == 2 and search.poll() == []
+    search.deliver(completion(engine.added[1][0], WITH))
+    assert [(result.documents, result.shared) for result in search.poll()] == [
+        (("Jane Austen wrote Emma.",), shared) for shared in (False, True)
+    ]
+
+
 # One call for all who ask the same
 
 

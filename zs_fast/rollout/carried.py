@@ -60,5 +60,6 @@ def _search_state(search: SearchResult) -> dict[str, Any]:
         "failed": search.failed,
         "error": search.error,
         "num_generated_tokens": search.num_generated_tokens,
+        "num_samples": search.num_samples,
         "shared": search.shared,
     }

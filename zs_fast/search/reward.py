@@ -82,6 +82,11 @@ def reward_of(name: str) -> Callable[[Trajectory], float]:
     return reward
 
 
+def tells_nothing(answers: Sequence[str]) -> bool:
+    """Is the answer a yes or no, which may stand in any document without answering anything?"""
+    return normalise(answers[0]) in ("yes", "no")
+
+
 def contains_answer(documents: Sequence[str], answers: Sequence[str]) -> bool:
     """Do the words of any gold answer stand side by side in any one document?"""
     return any(cover_match(document, answers) > 0.0 for document in documents)

@@ -1,8 +1,9 @@
 """A language model plays the search engine (ZeroSearch, arXiv:2505.04588, sections 3.2 and 3.3).
 
 Each search is one request with role SIMULATOR to the engine that also serves the policy (or to a remote one), added the
-moment it is submitted: all searches of a step are in flight together. Nothing is retried here and nothing is made up:
-a search without documents comes back as failed, once.
+moment it is submitted: all searches of a step are in flight together. A failed request is not repeated here and nothing
+is made up: a search without documents comes back as failed, once. With `simulator.max_samples` above 1 a text that is
+not what its mode promises is sampled again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from zs_fast.config import SimulatorConfig
 from zs_fast.errors import EngineError
 from zs_fast.search.documents import parse_documents
 from zs_fast.search.prompts import simulator_prompt
-from zs_fast.search.reward import contains_answer
+from zs_fast.search.reward import contains_answer, tells_nothing
 from zs_fast.search.untrusted import one_line
 from zs_fast.system.seeds import seed_for, uniform
 from zs_fast.types import Completion, FinishReason, Role, Sampling, SearchMode, SearchRequest, SearchResult
@@ -58,6 +59,9 @@ class _Call:
 
     asked: _Asked
     waiting: list[SearchRequest]
+    num_samples: int = 0
+    num_tokens: int = 0
+    """Of the samples that were not taken."""
 
 
 class SimulatedSearch:
@@ -93,28 +97,18 @@ class SimulatedSearch:
         self._results: list[SearchResult] = []
 
     def submit(self, request: SearchRequest) -> None:
-        """Draw the mode, write the prompt from the request's own question, and add it to the engine."""
+        """Draw the mode, and ask the engine by the request's own question."""
         mode = self.mode(request)
         query = clean_query(request.query, self._max_query_characters)
         asked = _Asked(request.step, request.question.id, request.turn, query, mode)
         if self._simulator.share_noise_in_group and self._joins(asked, request):
             return
-        prompt = simulator_prompt(
-            self._simulator.template, mode, replace(request, query=query), self._simulator.documents
-        )
-        sampling = Sampling(
-            max_new_tokens=self._simulator.max_new_tokens,
-            temperature=self._simulator.temperature,
-            seed=self._seed(request, f"sample {query}" if self._simulator.share_noise_in_group else "sample"),
-        )
-        request_id = self._next_request_id
-        self._next_request_id += 1
+        call = _Call(asked, [request])
         try:
-            self._engine.add(request_id, self._codec.encode_prompt(prompt), sampling, role=Role.SIMULATOR)
+            self._sample(call)
         except EngineError as error:
             self._results.append(_failed(request, mode, f"engine_refused: {error}"))
             return
-        call = self._pending[request_id] = _Call(asked, [request])
         if self._simulator.share_noise_in_group:
             self._under_way[asked] = call
 
@@ -128,7 +122,12 @@ class SimulatedSearch:
             )
         call = self._pending.pop(completion.request_id)
         first, *others = call.waiting
-        result = self._result(first, call.asked.mode, completion)
+        result = self._result(first, call, completion)
+        another = completion.finish_reason is not FinishReason.FAILED and call.num_samples < self._simulator.max_samples
+        if another and not _is_as_asked(result):
+            call.num_tokens += len(completion.token_ids)
+            self._sample(call)
+            return
         self._results += [result, *(_shared(result, other) for other in others)]
         if self._simulator.share_noise_in_group:
             del self._under_way[call.asked]
@@ -165,6 +164,25 @@ class SimulatedSearch:
         draw = uniform(self._seed(request, "noise"))
         return SearchMode.NOISY if draw < request.noise_probability else SearchMode.USEFUL
 
+    def _sample(self, call: _Call) -> None:
+        """Add the prompt of `call` to the engine. Raises EngineError where that does not take it."""
+        request, settings = call.waiting[0], self._simulator
+        asked = replace(request, query=call.asked.query)
+        prompt = simulator_prompt(settings.template, call.asked.mode, asked, settings.documents)
+        purpose = f"sample {call.asked.query}" if settings.share_noise_in_group else "sample"
+        if call.num_samples:
+            purpose += f" again {call.num_samples}"
+        sampling = Sampling(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=self._seed(request, purpose),
+        )
+        request_id = self._next_request_id
+        self._next_request_id += 1
+        self._engine.add(request_id, self._codec.encode_prompt(prompt), sampling, role=Role.SIMULATOR)
+        self._pending[request_id] = call
+        call.num_samples += 1
+
     def _joins(self, asked: _Asked, request: SearchRequest) -> bool:
         """Has the same been asked already? Then its reply is this search's too."""
         if asked in self._answered:
@@ -186,8 +204,8 @@ class SimulatedSearch:
             purpose=purpose,
         )
 
-    def _result(self, request: SearchRequest, mode: SearchMode, completion: Completion) -> SearchResult:
-        num_tokens = len(completion.token_ids)
+    def _result(self, request: SearchRequest, call: _Call, completion: Completion) -> SearchResult:
+        mode, num_tokens = call.asked.mode, call.num_tokens + len(completion.token_ids)
         if completion.finish_reason is FinishReason.FAILED:
             return _failed(request, mode, completion.error or "engine_failed", num_tokens)
         parsed = parse_documents(self._codec.decode(completion.token_ids), self._simulator.documents)
@@ -200,7 +218,15 @@ class SimulatedSearch:
             contains_answer=contains_answer(parsed.documents, request.question.answers),
             malformed=parsed.malformed or completion.finish_reason is FinishReason.LENGTH,
             num_generated_tokens=num_tokens,
+            num_samples=call.num_samples,
         )
+
+
+def _is_as_asked(result: SearchResult) -> bool:
+    """Are there documents, with a gold answer where they are useful and without one where they are noisy?"""
+    if result.failed or tells_nothing(result.request.question.answers):
+        return not result.failed
+    return result.contains_answer == (result.mode is SearchMode.USEFUL)
 
 
 def clean_query(query: str, max_characters: int) -> str:
@@ -215,7 +241,7 @@ def clean_query(query: str, max_characters: int) -> str:
 
 def _shared(result: SearchResult, request: SearchRequest) -> SearchResult:
     """The same documents for another search; the tokens were written once."""
-    return replace(result, request=request, shared=True, num_generated_tokens=0)
+    return replace(result, request=request, shared=True, num_generated_tokens=0, num_samples=1)
 
 
 def _failed(request: SearchRequest, mode: SearchMode, error: str, num_generated_tokens: int = 0) -> SearchResult:

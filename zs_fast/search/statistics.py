@@ -15,6 +15,7 @@ def search_statistics(results: Sequence[SearchResult]) -> dict[str, float]:
     that occurred `search/<mode>_contains_answer` (share of results with a gold answer in any document) and
     `search/<mode>_malformed_share`.
     `search/noise_rate` is the realised share of noisy draws among all simulated searches, failed ones included.
+    `search/samples` is the mean number of texts that the simulator wrote for a search; absent while it is 1 for each.
     `search/shared_share` is the share of searches that got the reply of another trajectory's call; absent without any.
     A share of nothing has no value, so its key is absent.
     """
@@ -33,6 +34,8 @@ def search_statistics(results: Sequence[SearchResult]) -> dict[str, float]:
     statistics["search/malformed_share"] = _share([result.malformed for result in served])
     statistics["search/documents"] = sum(len(result.documents) for result in served) / len(served)
     statistics["search/generated_tokens"] = sum(result.num_generated_tokens for result in served) / len(served)
+    if any(result.num_samples > 1 for result in served):
+        statistics["search/samples"] = sum(result.num_samples for result in served) / len(served)
     for mode in SearchMode:
         of_mode = [result for result in served if result.mode is mode]
         if of_mode:

@@ -23,7 +23,7 @@ from zs_fast.config import RunConfig
 from zs_fast.errors import ConfigError, DataError
 from zs_fast.ranks import hold_run_folder
 from zs_fast.search.prompts import simulator_prompt
-from zs_fast.search.reward import contains_answer, normalise
+from zs_fast.search.reward import contains_answer, normalise, tells_nothing
 from zs_fast.simulator.collect import FILE
 from zs_fast.simulator.judge import judged_useful
 from zs_fast.simulator.records import (
@@ -41,8 +41,6 @@ from zs_fast.types import SearchMode
 
 SUMMARY_FILE = "labels.json"
 SPLITS = ("train", "validation")
-UNTELLABLE = frozenset({"yes", "no"})
-"""Answers that stand in documents without answering anything: `label.by = "answer"` leaves their questions out."""
 
 
 class Played(NamedTuple):
@@ -180,7 +178,7 @@ def _usefulness(searches: Sequence[Played], config: RunConfig) -> list[bool | No
         return [(played.trajectory.f1 or 0.0) >= config.label.correct_f1 for played in searches]
     return [
         None
-        if normalise(played.trajectory.question.answers[0]) in UNTELLABLE
+        if tells_nothing(played.trajectory.question.answers)
         else contains_answer(played.search.documents, played.trajectory.question.answers)
         for played in searches
     ]
