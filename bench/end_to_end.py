@@ -1,10 +1,11 @@
-"""`zs-fast bench end_to_end`: a whole step of a recipe, ours against the pattern of ZeroSearch's own code.
+"""`zs-fast bench end_to_end`: a whole step of a recipe, ours, the pattern of ZeroSearch's own code, and TRL's.
 
-Both ways start from the same weights, play the same questions with the same draws, and take the same update; every
-round runs both, in shuffled order. `reference_pattern` (turns.py) waits for the slowest after every turn, has at most
+All ways start from the same weights, play the same questions with the same draws, and take the same update; every
+round runs all, in shuffled order. `reference_pattern` (turns.py) waits for the slowest after every turn, has at most
 10 simulator calls under way, reads and encodes every context again, computes it again, scores it again after every
 turn, and scores the whole once more before the update. What else that code does (copying weights for every turn,
-padding) is left out, in its favour.
+padding) is left out, in its favour. `trl` is TRL's GRPOTrainer with a rollout function (trl_peer.py) that asks our
+simulator; in `trl_generate` the simulator speaks through transformers' generate.
 """
 
 from __future__ import annotations
@@ -18,12 +19,25 @@ from typing import Any, NoReturn
 
 import torch
 
-from bench import usage
+from bench import peers, step_trace, usage
 from bench.harness import spread_of
 from bench.ops import ROOT, one_thread
 from bench.results import verdict_lines, write_results
+from bench.rollout_trace import GROUP_SIZE
 from bench.turns import REFERENCE_CALLS
-from bench.whole_step import OURS, REFERENCE, Stage, Taken, build, ids_of, phase_seconds, step_seconds, take_steps
+from bench.whole_step import (
+    OURS,
+    REFERENCE,
+    TRL,
+    Stage,
+    Taken,
+    build,
+    ids_of,
+    phase_seconds,
+    step_seconds,
+    take_steps,
+    ways_of,
+)
 from zs_fast.errors import ConfigError
 from zs_fast.models.load import DTYPES
 from zs_fast.recipe_files import load_recipe
@@ -34,8 +48,8 @@ from zs_fast.system.plan import PlanPhase
 from zs_fast.system.plan_times import Workload, phase_floors
 
 ROUNDS = 3
-LEAST_SPEED = 2.0
-"""Of a step, over the reference's pattern."""
+LEAST_SPEEDS = {REFERENCE: 2.0, TRL: 1.5}
+"""Of a step, over each other way."""
 COMPUTING = (Phase.ROLLOUT, Phase.SCORE, Phase.UPDATE)
 PLAIN = {
     "eval.data": [""],
@@ -51,6 +65,7 @@ QUICK = {
     "game.max_new_tokens": ["32"],
     "simulator.max_new_tokens": ["48"],
     "engine.slots": ["4"],
+    "game.reward": ["bench.step_trace:alternating"],  # F1 is 0 for all so soon, and there would be no gradient
 }
 
 
@@ -64,31 +79,45 @@ def main(words: Sequence[str]) -> dict[str, Any]:
     parser = Parser(prog="zs-fast bench end_to_end", add_help=False)
     parser.add_argument("--recipe", nargs="+", default=["quickstart"])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--trace", action="store_true")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args(list(words))
-    return run(given.recipe, rounds=given.rounds, quick=given.quick)
+    return run(given.recipe, rounds=given.rounds, trace=given.trace, quick=given.quick)
 
 
-def run(recipes: Sequence[str] = ("quickstart",), *, rounds: int = ROUNDS, quick: bool = False) -> dict[str, Any]:
-    """Take the recipe's first step in both ways, `rounds` times; print a table, write the JSON file, and return that.
+def run(
+    recipes: Sequence[str] = ("quickstart",), *, rounds: int = ROUNDS, trace: bool = False, quick: bool = False
+) -> dict[str, Any]:
+    """Take the recipe's first step in all ways, `rounds` times; print a table, write the JSON file, and return that.
 
-    quick: few short trajectories, once, and no file. Raises ConfigError for a recipe that one process can't play.
+    trace: at the lengths of bench/traces/whole_step_16.json (step_trace.py). quick: few short trajectories, once, and
+    no file. Raises ConfigError for a recipe that one process can't play.
     """
     if rounds < 1:
         raise ConfigError(f"zs-fast bench end_to_end --rounds {rounds}: at least 1")
+    lengths = step_trace.read() if trace else None
+    if lengths is not None and quick:
+        lengths = replace(lengths, trajectories=lengths.trajectories[:GROUP_SIZE])
     changes = {**PLAIN, **(QUICK if quick else {})}
+    if lengths is not None:
+        changes |= step_trace.OVERRIDES | {"train.questions_per_step": [str(len(lengths.questions))]}
     config = load_recipe(recipes, changes)
     kind = "cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu"
     if kind == "cpu":
         config = config.model_copy(update={"threads": 1})
     with one_thread(kind):
-        stage = build(config)
+        stage = build(config, lengths)
         try:
             ceilings = measured_ceilings(stage, quick=quick)
-            taken = take_steps(stage, rounds=1 if quick else rounds)
+            ways, absent = ways_of(stage)
+            taken = take_steps(stage, ways, rounds=1 if quick else rounds)
         finally:
             stage.arena.close()
-        summary = summarise(stage, recipes, changes, taken, ceilings)
+        summary = summarise(stage, recipes, changes, taken, ceilings) | {
+            "absent": absent,
+            "peers": peers.versions(),
+            "trace": str(step_trace.PATH.relative_to(ROOT)) if trace else None,
+        }
     print(table(summary))
     if not quick:
         path = write_results(summary)
@@ -138,8 +167,7 @@ def summarise(
     floors = phase_floors(stage.config, here, work)
     flop = phase_floors(stage.config, replace(here, bytes_per_s=float("inf"), flop_per_s=1.0), work)
     ways = {name: _way(stage, steps, work, floors, flop, rate) for name, steps in taken.items()}
-    speed = ways[REFERENCE]["step"]["seconds"] / ways[OURS]["step"]["seconds"]
-    target = f"{OURS}: whole step, speed at least {LEAST_SPEED:g}x of {REFERENCE}"
+    speeds = {name: way["step"]["seconds"] / ways[OURS]["step"]["seconds"] for name, way in ways.items()}
     return {
         "subject": "end_to_end",
         "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -149,7 +177,7 @@ def summarise(
         "models": {"policy": stage.config.model.path, "simulator": stage.config.simulator.path},
         "dtype": stage.config.model.dtype,
         "clock": "cpu_seconds" if stage.device.type == "cpu" else "seconds",
-        "simulator_calls_at_once": {OURS: None, REFERENCE: REFERENCE_CALLS},
+        "simulator_calls_at_once": {name: REFERENCE_CALLS if name == REFERENCE else None for name in ways},
         "same_trajectories": len({tuple(map(ids_of, one.groups)) for s in taken.values() for one in s}) == 1,
         "ceilings": asdict(ceilings),
         "workload": asdict(work),
@@ -157,11 +185,21 @@ def summarise(
         "floor_seconds": {str(phase): value for phase, value in floors.items()},
         "rounds": len(taken[OURS]),
         "ways": ways,
-        "speed_by_phase": {
-            str(phase): _ratio(ways[REFERENCE][phase]["seconds"], ways[OURS][phase]["seconds"]) for phase in COMPUTING
+        "grad_norms": {name: steps[0].grad_norm for name, steps in taken.items()},
+        "speed_over": {
+            name: {"step": speeds[name]}
+            | {str(phase): _ratio(way[phase]["seconds"], ways[OURS][phase]["seconds"]) for phase in COMPUTING}
+            for name, way in ways.items()
+            if name != OURS
         },
         "targets": [
-            {"case": "end_to_end", "target": target, "measured": speed, "met": speed >= LEAST_SPEED},
+            {
+                "case": "end_to_end",
+                "target": f"{OURS}: whole step, speed at least {least:g}x of {name}",
+                "measured": speeds.get(name),
+                "met": speeds[name] >= least if name in speeds else None,
+            }
+            for name, least in LEAST_SPEEDS.items()
         ],
     }
 
@@ -229,4 +267,9 @@ def table(summary: Mapping[str, Any]) -> str:
             )
         counts = phases["counts"]
         lines.append("  " + ", ".join(f"{name} {value:.0f}" for name, value in counts.items()))
+    for way, speeds in summary["speed_over"].items():
+        lines.append(
+            f"ours over {way}: " + ", ".join(f"{name} {speed:.2f}x" for name, speed in speeds.items() if speed)
+        )
+    lines += [f"{way} is absent: {reason}" for way, reason in summary.get("absent", {}).items()]
     return "\n".join([*lines, verdict_lines(summary["targets"])])

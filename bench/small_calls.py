@@ -93,17 +93,18 @@ def cuda_rows(rows: int) -> None:
         _cuda.policy_rows(logits, out, index, 1.0, old, advantages, weights, None, None, None, settings, blocks=blocks)
 
 
-def main() -> int:
-    """All of them on the GPU."""
-    if not torch.cuda.is_available():
+def main(device: str = "cuda") -> int:
+    """All of them on the GPU; on the CPU to see that they run."""
+    if device == "cuda" and not torch.cuda.is_available():
         print("bench.small_calls: no CUDA device here", file=sys.stderr)
         return 1
     for rows in LENGTHS:
-        for name, call in small_calls("cuda", rows).items():
+        for name, call in small_calls(device, rows).items():
             call()
-            torch.cuda.synchronize()
+            if device == "cuda":
+                torch.cuda.synchronize()
             print(f"{name}, {rows} rows", flush=True)
-        if _cuda.cuda_status().available and torch.cuda.get_device_capability() >= (9, 0):
+        if device == "cuda" and _cuda.cuda_status().available and torch.cuda.get_device_capability() >= (9, 0):
             cuda_rows(rows)
             torch.cuda.synchronize()
             print(f"CUDA rows, {rows} rows", flush=True)
@@ -111,4 +112,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(*sys.argv[1:]))

@@ -1,16 +1,20 @@
-"""A run's first step, taken again and again in two ways: as train.py takes it, and in the reference's pattern."""
+"""A run's first step, taken again and again: as train.py takes it, in the reference's pattern, and by TRL."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench import step_trace, trl_peer
+from bench.rollout_trace import Trace
+from bench.trl_peer import TrlPeer
 from bench.turns import TurnGame
 from zs_fast.config import RunConfig
 from zs_fast.errors import ConfigError, PreflightError
@@ -23,11 +27,15 @@ from zs_fast.ranks import pack_share, play, publisher
 from zs_fast.run_models import critic_of, frozen_copy, reference_of
 from zs_fast.search.curriculum import noise_probability
 from zs_fast.search.data import QuestionOrder, load_questions
+from zs_fast.search.simulator import SimulatorCodec
 from zs_fast.setup import Arena, build_arena, load_policy, use_device
 from zs_fast.system.memory import Memory, Phase
 from zs_fast.types import Group, Question, Role
 
 OURS, REFERENCE = "ours", "reference_pattern"
+TRL, TRL_GENERATE = "trl", "trl_generate"
+GRADIENTS_AGREE_TO = 0.01
+"""Of their norm: TRL adds 1e-4 to the deviation that advantages are divided by, and sums in another order."""
 COUNTED = ("prefill_tokens", "reused_tokens", "decode_tokens", "steps")
 
 
@@ -44,6 +52,10 @@ class Stage:
     noise: float
     start: dict[str, Tensor]
     """The trained weights as they were loaded."""
+    tokenizer: Any
+    """The policy's own."""
+    speaker: SimulatorCodec | None = None
+    """How the simulator is spoken with where its tokenizer is not."""
 
     @property
     def trained(self) -> dict[str, Tensor]:
@@ -66,6 +78,16 @@ class Stage:
         self.arena.engine.publish(0)
 
 
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What a way comes to."""
+
+    groups: list[Group]
+    grad_norm: float
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """Of what the engine did not count."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Taken:
     """One step, taken in one way."""
@@ -75,10 +97,18 @@ class Taken:
     groups: list[Group]
     counts: dict[str, float]
     """<role>/<count> of the engine, and score/tokens: those that went through a scoring pass."""
+    grad_norm: float
 
 
-def build(config: RunConfig) -> Stage:
-    """What `zs-fast train` builds for the first step of one process. Raises ConfigError for a remote simulator."""
+Way = Callable[[Stage, Memory, Updater], Played]
+"""Takes the step."""
+
+
+def build(config: RunConfig, trace: Trace | None = None) -> Stage:
+    """What `zs-fast train` builds for the first step of one process; with `trace`, at forced lengths.
+
+    Raises ConfigError for a remote simulator.
+    """
     simulator = config.simulator
     if simulator.kind == "openai" or simulator.process == "child" or config.train.sharding != "none":
         raise ConfigError(
@@ -86,11 +116,17 @@ def build(config: RunConfig) -> Stage:
             f"simulator.kind = {simulator.kind!r}, simulator.process = {simulator.process!r}, train.sharding = "
             f"{config.train.sharding!r}."
         )
-    number = config.train.questions_per_step
-    questions = QuestionOrder(load_questions(config.data), config.seed).batch(0, number)
+    questions: Sequence[Question] = ()
+    if trace is None:
+        number = config.train.questions_per_step
+        questions = QuestionOrder(load_questions(config.data), config.seed).batch(0, number)
     device = use_device(config)
     policy = load_policy(config, device)
     frozen = frozen_copy(config, policy, device)
+    tokenizer = policy.tokenizer
+    if trace is not None:
+        policy = step_trace.without_an_end(policy)
+        frozen = frozen and step_trace.without_an_end(frozen)
     arena = build_arena(config, policy, device=device, base=frozen)
     roles = Roles(
         policy=policy,
@@ -107,14 +143,32 @@ def build(config: RunConfig) -> Stage:
         questions=list(questions),
         noise=noise_probability(1, config.curriculum, config.train.steps),
         start={},
+        tokenizer=tokenizer,
     )
-    return replace(stage, start={name: tensor.detach().clone() for name, tensor in stage.trained.items()})
+    stage = replace(stage, start={name: tensor.detach().clone() for name, tensor in stage.trained.items()})
+    return stage if trace is None else step_trace.on_trace(stage, trace)
 
 
-def take_steps(stage: Stage, *, rounds: int) -> dict[str, list[Taken]]:
-    """Both ways, once to warm up and then `rounds` times, in shuffled order. Raises PreflightError where they play
-    other trajectories, though nothing should make them."""
-    ways: Mapping[str, Callable[[Stage, Memory, Updater], list[Group]]] = {OURS: our_step, REFERENCE: reference_step}
+def ways_of(stage: Stage) -> tuple[dict[str, Way], dict[str, str]]:
+    """The ways to take the step, and why others are absent. Ours is taken once, so that TRL knows what to write."""
+    ways: dict[str, Way] = {OURS: our_step, REFERENCE: reference_step}
+    if reason := trl_peer.why_not(stage):
+        return ways, {TRL: reason, TRL_GENERATE: reason}
+    with trl_peer.recording(stage.arena.engine) as written:
+        take_step(stage, our_step)
+    for name in (TRL, TRL_GENERATE):
+        peer = TrlPeer(stage=stage, written=written, searches_by_generate=name == TRL_GENERATE)
+        ways[name] = partial(_by_trl, peer)
+    return ways, {}
+
+
+def _by_trl(peer: TrlPeer, stage: Stage, memory: Memory, updater: Updater) -> Played:
+    return peer.step(memory)
+
+
+def take_steps(stage: Stage, ways: Mapping[str, Way], *, rounds: int) -> dict[str, list[Taken]]:
+    """All ways, once to warm up and then `rounds` times, in shuffled order. Raises PreflightError where they play
+    other trajectories or have other gradients, though nothing should make them."""
     taken: dict[str, list[Taken]] = {name: [] for name in ways}
     order = random.Random(0)
     for round_number in range(rounds + 1):
@@ -125,7 +179,10 @@ def take_steps(stage: Stage, *, rounds: int) -> dict[str, list[Taken]]:
                 print(f"  round {round_number}, {name}: {step_seconds(found, stage):.2f} s", flush=True)
     played = {tuple(map(ids_of, one.groups)) for steps in taken.values() for one in steps}
     if len(played) > 1 and stage.device.type == "cpu" and stage.config.engine.batch_invariant is not False:
-        raise PreflightError("bench: not timed: the two ways played other trajectories, though all draws are the same.")
+        raise PreflightError("bench: not timed: the ways played other trajectories, though all draws are the same.")
+    norms = {name: steps[0].grad_norm for name, steps in taken.items()}
+    if any(abs(norm - norms[OURS]) > GRADIENTS_AGREE_TO * abs(norms[OURS]) for norm in norms.values()):
+        raise PreflightError(f"bench: not timed: the norms of the gradients differ between the ways: {norms}.")
     return taken
 
 
@@ -137,7 +194,7 @@ def ids_of(group: Group) -> tuple[Any, ...]:
     )
 
 
-def take_step(stage: Stage, way: Callable[[Stage, Memory, Updater], list[Group]]) -> Taken:
+def take_step(stage: Stage, way: Way) -> Taken:
     """The first step, from the weights that were loaded and a new optimizer."""
     config = stage.config
     stage.start_over()
@@ -159,22 +216,22 @@ def take_step(stage: Stage, way: Callable[[Stage, Memory, Updater], list[Group]]
 
     for passes in stage.roles.scoring_passes().values():
         passes.watch = count
-    groups = way(stage, memory, updater)
+    played = way(stage, memory, updater)
     counts = {name: value - before[name] for name, value in _counts(stage).items()}
-    return Taken(timings=memory.take(), groups=groups, counts=counts | {"score/tokens": float(sum(scored))})
+    counts |= {"score/tokens": float(sum(scored))} | dict(played.counts)
+    return Taken(timings=memory.take(), groups=played.groups, counts=counts, grad_norm=played.grad_norm)
 
 
-def our_step(stage: Stage, memory: Memory, updater: Updater) -> list[Group]:
+def our_step(stage: Stage, memory: Memory, updater: Updater) -> Played:
     """As train.py takes it."""
     with memory.phase(Phase.ROLLOUT):
         player = stage.arena.training_player
         groups = play(player, stage.questions, step=1, noise=stage.noise)
         player.pause()
-    _learn(stage, memory, updater, groups, updater.needs)
-    return groups
+    return Played(groups, _learn(stage, memory, updater, groups, updater.needs))
 
 
-def reference_step(stage: Stage, memory: Memory, updater: Updater) -> list[Group]:
+def reference_step(stage: Stage, memory: Memory, updater: Updater) -> Played:
     """The reference's pattern; its repeated scoring counts as such, whenever it happens."""
     config = stage.config
     with memory.phase(Phase.ROLLOUT):
@@ -189,7 +246,7 @@ def reference_step(stage: Stage, memory: Memory, updater: Updater) -> list[Group
             run_seed=config.seed,
             step=1,
             noise_probability=stage.noise,
-            retokenise=True,
+            retokenise=stage.speaker is None,  # a trace's contexts have no text
         )
     while game.live:
         with memory.phase(Phase.ROLLOUT):
@@ -199,18 +256,19 @@ def reference_step(stage: Stage, memory: Memory, updater: Updater) -> list[Group
         with memory.phase(Phase.ROLLOUT):
             game.search()
     groups = game.groups()
-    _learn(stage, memory, updater, groups, updater.needs | {"old_logprobs": True})
-    return groups
+    return Played(groups, _learn(stage, memory, updater, groups, updater.needs | {"old_logprobs": True}))
 
 
-def _learn(stage: Stage, memory: Memory, updater: Updater, groups: list[Group], needs: Mapping[str, bool]) -> None:
+def _learn(stage: Stage, memory: Memory, updater: Updater, groups: list[Group], needs: Mapping[str, bool]) -> float:
+    """The norm of the gradient."""
     packed = pack_share(groups, stage.config)
     with memory.phase(Phase.SCORE):
         scored = score(packed, stage.roles, **needs)
     with memory.phase(Phase.UPDATE):
-        updater.update(credit(scored, stage.config.algorithm, kl_coefficient=updater.kl_coefficient))
+        stats = updater.update(credit(scored, stage.config.algorithm, kl_coefficient=updater.kl_coefficient))
     with memory.phase(Phase.SYNC):
         publisher(stage.config, stage.arena, stage.policy).publish(1)
+    return stats.values.get("grad_norm", 0.0)
 
 
 def _counts(stage: Stage) -> dict[str, float]:

@@ -46,7 +46,7 @@ RECIPE is a name ({recipes}) or a path to a .toml file; several merge left to ri
 `zs-fast train --help` lists every field of a recipe; each is a flag, as in --train.steps 20.
 Common: --output DIR, --data FILE, --seed N, --resume, --json (the last stdout line is one JSON document).
 """
-SUBJECTS = ("ops", "train_step", "rollout", "end_to_end", "plan", "compare")
+SUBJECTS = ("ops", "train_step", "rollout", "end_to_end", "scaling", "plan", "compare")
 SPEAKING_TIME_S = 60.0
 """Longest time that the process which reports an error gets to close its files and do so."""
 INTERRUPTED = {

@@ -1,15 +1,17 @@
-"""The whole-step benchmark: both ways take the same step, the reference's with its extra work. Not how fast."""
+"""The whole-step benchmark: all ways take the same step, the others with their extra work. Not how fast."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from bench import compare, end_to_end, whole_step
+from bench import compare, end_to_end, peers, step_trace, trl_peer, whole_step
 from bench.turns import REFERENCE_CALLS, TurnGame
 from zs_fast.config import GameConfig, SamplingConfig
-from zs_fast.errors import ConfigError
+from zs_fast.errors import ConfigError, PreflightError
 from zs_fast.recipe_files import load_recipe
 from zs_fast.search.codec import Codec
 from zs_fast.system.hardware import Hardware
@@ -18,14 +20,18 @@ from zs_fast.system.plan_times import Workload, phase_floors
 from zs_fast.testing import ScriptedEngine, ScriptedSearch, byte_tokenizer
 from zs_fast.types import Question, Role, SearchRequest
 
+has_trl = pytest.mark.skipif(peers.find("trl", "GRPOTrainer") is None, reason=f"TRL is absent: {peers.INSTALL}")
+
 
 @pytest.fixture(scope="module")
 def summary() -> dict:
     return end_to_end.run(quick=True)
 
 
-def test_both_ways_play_the_same_trajectories(summary):
+def test_all_ways_play_the_same_trajectories(summary):
     assert summary["same_trajectories"] and summary["rounds"] == 1
+    ours = summary["grad_norms"][whole_step.OURS]
+    assert ours > 0 and all(norm == pytest.approx(ours, rel=0.01) for norm in summary["grad_norms"].values())
     assert summary["workload"]["trajectories"] == 4 and summary["workload"]["searches"] > 0
     counts = {way: one["counts"] for way, one in summary["ways"].items()}
     for role in ("policy", "simulator"):
@@ -90,9 +96,57 @@ def test_phases_make_up_the_step(summary):
         assert way["step"]["seconds"] == pytest.approx(sum(one["seconds"] for one in phases), rel=0.05)
         assert all(0.0 < one["model_flop_utilisation"] < one["of_floor"] * 1.001 < 1.0 for one in phases)
         assert all(one["tokens_per_second"] > 0 and one["peak_rss_bytes"] > 0 for one in phases)
-    speed = summary["targets"][0]["measured"]
-    seconds = [summary["ways"][way]["step"]["seconds"] for way in (end_to_end.REFERENCE, end_to_end.OURS)]
-    assert speed == pytest.approx(seconds[0] / seconds[1])
+    for target, over in zip(summary["targets"], (end_to_end.REFERENCE, end_to_end.TRL), strict=True):
+        if over in summary["ways"]:
+            seconds = [summary["ways"][way]["step"]["seconds"] for way in (over, end_to_end.OURS)]
+            assert target["measured"] == pytest.approx(seconds[0] / seconds[1])
+        else:
+            assert target["measured"] is None and "not installed" in summary["absent"][over]
+
+
+@has_trl
+def test_trl_computes_contexts_again_and_pads(summary):
+    ours, trl = (summary["ways"][way]["counts"] for way in (whole_step.OURS, whole_step.TRL))
+    assert trl["policy/decode_tokens"] == ours["policy/decode_tokens"]
+    assert trl["policy/prefill_tokens"] > ours["policy/prefill_tokens"]
+    assert trl["score/tokens"] > ours["score/tokens"]
+    generated = summary["ways"][whole_step.TRL_GENERATE]["counts"]
+    assert generated["simulator/decode_tokens"] == ours["simulator/decode_tokens"]
+
+
+@has_trl
+def test_a_step_at_forced_lengths():
+    trace = step_trace.read()
+    assert trace == step_trace.make(), "python -m bench.step_trace writes it"
+    found = end_to_end.run(quick=True, trace=True)
+    assert found["same_trajectories"] and set(found["ways"]) == {"ours", "reference_pattern", "trl", "trl_generate"}
+    played = trace.trajectories[:4]
+    for way in found["ways"].values():
+        assert way["counts"]["policy/decode_tokens"] == sum(sum(lengths[::2]) for lengths in played)
+        assert way["counts"]["simulator/decode_tokens"] == sum(sum(lengths[1::2]) for lengths in played)
+    assert found["workload"]["documents"] == sum(sum(lengths[1::2]) for lengths in played) / len(played)
+
+
+def test_another_gradient_is_not_timed():
+    stage = whole_step.build(load_recipe(["quickstart"], {**end_to_end.PLAIN, **end_to_end.QUICK}))
+
+    def other(*given):
+        played = whole_step.our_step(*given)
+        return replace(played, grad_norm=played.grad_norm * 1.02)
+
+    try:
+        with pytest.raises(PreflightError, match="norms of the gradients differ"):
+            whole_step.take_steps(stage, {whole_step.OURS: whole_step.our_step, "other": other}, rounds=1)
+    finally:
+        stage.arena.close()
+
+
+def test_what_trl_cannot_take_is_said(monkeypatch):
+    config = load_recipe(["quickstart"], {**end_to_end.PLAIN, **end_to_end.QUICK, "algorithm.name": ["rloo"]})
+    monkeypatch.setattr(peers, "find", lambda module, name: object())
+    assert "GRPO" in trl_peer.why_not(SimpleNamespace(config=config))
+    monkeypatch.setattr(peers, "find", lambda module, name: None)
+    assert peers.INSTALL in trl_peer.why_not(SimpleNamespace(config=config))
 
 
 def test_compare_reads_it(summary, tmp_path):

@@ -1,0 +1,111 @@
+"""A whole step at forced lengths: for models that do not play the game by themselves, and for equal work in all ways.
+
+`zs-fast bench end_to_end --trace` plays the recipe's models over bench/traces/whole_step_16.json: they compute and
+sample as always, but each completion has the trace's length and is read as a search or an answer by its place
+(rollout_trace.py). The simulator writes as many tokens as the policy then reads.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from bench.rollout_trace import GROUP_SIZE, RUN_SEED, Trace, TraceEngine, load_trace, write_trace
+from zs_fast.config import RunConfig
+from zs_fast.models.load import LoadedModel
+from zs_fast.rollout.play import Player
+from zs_fast.search.simulator import SimulatedSearch
+from zs_fast.types import Trajectory
+
+if TYPE_CHECKING:
+    from bench.whole_step import Stage
+
+PATH = Path(__file__).with_name("traces") / "whole_step_16.json"
+ABOUT = (
+    "16 trajectories of 1 or 2 searches. Actions: log-normal, median 24 tokens, sigma 0.6. Documents: log-normal, "
+    "median 40 tokens, sigma 0.4. Both are cut to 8 .. 64 tokens. Made by bench.step_trace from the seed."
+)
+OVERRIDES = {
+    "seed": [str(RUN_SEED)],
+    "train.group_size": [str(GROUP_SIZE)],
+    "train.mini_batches": ["1"],
+    "simulator.documents": ["1"],
+    "simulator.max_new_tokens": ["64"],
+    "game.max_turns": ["3"],
+    "game.max_new_tokens": ["64"],
+    "game.max_observation_tokens": ["64"],
+    "game.max_context_tokens": ["512"],
+    "game.reward": ["bench.step_trace:alternating"],
+}
+"""What the trace asks of a recipe."""
+
+
+def make(seed: int = 0, trajectories: int = 16) -> Trace:
+    draws = random.Random(seed)
+
+    def cut(tokens: float) -> int:
+        return max(8, min(64, round(tokens)))
+
+    rows = []
+    for _ in range(trajectories):
+        lengths: list[int] = []
+        for _ in range(draws.randint(1, 2)):
+            lengths += [cut(24 * draws.lognormvariate(0.0, 0.6)), cut(40 * draws.lognormvariate(0.0, 0.4))]
+        rows.append((*lengths, cut(24 * draws.lognormvariate(0.0, 0.6))))
+    return Trace(about=ABOUT, seed=seed, prompt_tokens=96, simulator_prompt_tokens=96, trajectories=tuple(rows))
+
+
+def read() -> Trace:
+    return load_trace(PATH)
+
+
+def alternating(trajectory: Trajectory) -> float:
+    """A reward that teaches something: 0 or 1 by the sample's number."""
+    return float(trajectory.sample % 2)
+
+
+class TracedEngine(TraceEngine):
+    """A TraceEngine that is an engine in all else, too."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+
+def without_an_end(loaded: LoadedModel) -> LoadedModel:
+    """The same weights with a tokenizer of bytes alone, so that no token that is sampled ends a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    loaded.model.generation_config.eos_token_id = None
+    return replace(loaded, tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+
+
+def on_trace(stage: Stage, trace: Trace) -> Stage:
+    """The stage's engine under the trace, and players of its lengths."""
+    config: RunConfig = stage.config
+    engine: Any = TracedEngine(stage.arena.engine, trace, steps=1)
+    search = SimulatedSearch(engine, engine.simulator_codec, config.simulator, run_seed=RUN_SEED)
+    player = Player(
+        engine,
+        search,
+        engine.policy_codec,
+        game=config.game,
+        sampling=config.sampling,
+        group_size=GROUP_SIZE,
+        run_seed=RUN_SEED,
+        max_failed_share=0.0,
+    )
+    arena = replace(
+        stage.arena, engine=engine, codec=engine.policy_codec, training_player=player, training_search=search
+    )
+    return replace(stage, arena=arena, questions=trace.questions, speaker=engine.simulator_codec)
+
+
+if __name__ == "__main__":
+    write_trace(make(), PATH)
