@@ -115,6 +115,7 @@ def test_trl_computes_contexts_again_and_pads(summary):
 
 
 @has_trl
+@pytest.mark.full
 def test_a_step_at_forced_lengths():
     trace = step_trace.read()
     assert trace == step_trace.make(), "python -m bench.step_trace writes it"
