@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +66,21 @@ def test_wrong_words(capsys, words, code, text):
 
 def test_help_names_the_card(capsys):
     assert "--gpu" in run(capsys, "--help")[1]
+
+
+RECIPES_PAGE = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+CARD_ROW = re.compile(r"^\| (\d+ GiB) \| `(\S+)` \| [^|]+ \| (\S+) \| (\S+) \| (\S+) \|$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("card, recipe, budget, peak, seconds", CARD_ROW.findall(RECIPES_PAGE))
+def test_the_page_of_recipes_has_what_plan_says(capsys, card, recipe, budget, peak, seconds):
+    code, out, _ = run(capsys, recipe, "--gpu", card.replace(" ", ""), "--json")
+    plan = json.loads(out)
+    times = sum(phase["seconds"] or 0.0 for phase in plan["phases"].values())
+    assert code == 0 and plan["fits"]
+    assert [budget, peak] == [f"{plan[name] / 2**30:.1f}" for name in ("budget_bytes", "peak_bytes")]
+    assert seconds == f"{times:.0f}"
+
+
+def test_there_is_a_recipe_for_each_size_of_card():
+    assert {card for card, *_ in CARD_ROW.findall(RECIPES_PAGE)} == {"5 GiB", "16 GiB", "24 GiB", "80 GiB"}
