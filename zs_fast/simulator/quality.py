@@ -71,6 +71,7 @@ def simulator_quality(config: RunConfig) -> dict[str, Any]:
             "template": config.simulator.template,
             "documents": config.simulator.documents,
             "temperature": config.simulator.temperature,
+            "max_samples": config.simulator.max_samples,
             "data": config.quality.data,
             "searches": len(searches),
             "seed": config.seed,
