@@ -33,7 +33,8 @@ BASE = "quickstart:policy"
 LARGER_BLOCKS = 2
 """Layers of the larger simulator for each one of the smaller."""
 PROMPTED, TUNED, LARGER, REAL = "prompted", "fine-tuned", "larger fine-tuned", "real retriever"
-PAIRS = ((TUNED, PROMPTED), (LARGER, TUNED), (TUNED, REAL))
+HELD = "fine-tuned held to its mode"
+PAIRS = ((TUNED, PROMPTED), (LARGER, TUNED), (HELD, TUNED), (TUNED, REAL))
 MEASURES = ("contains_answer", "well_formed", "reader_f1")
 
 
@@ -103,7 +104,8 @@ def variants(simulators: Mapping[str, Path]) -> list[Variant]:
         for name, path in simulators.items()
     }
     prompted = Variant(PROMPTED, {"simulator.path": BASE, "simulator.template": "prompted"})
-    return [prompted, *tuned.values(), Variant(REAL, {"simulator.kind": "bm25"})]
+    held = Variant(HELD, {**tuned[TUNED].overrides, "simulator.max_samples": "3"})
+    return [prompted, *tuned.values(), held, Variant(REAL, {"simulator.kind": "bm25"})]
 
 
 def quality(folder: Path) -> dict[str, dict[str, Any]]:
@@ -189,12 +191,14 @@ play on {heldout} held-out questions with the real retriever, BM25. Untrained: {
 - fine-tuned: the same weights after `zs-fast simulator simulator_quickstart`;
 - larger fine-tuned: {blocks} layers for each one of these ({large} million parameters), the added ones starting as
   copies that add nothing, fine-tuned on the same examples;
+- fine-tuned held to its mode: the fine-tuned one, up to three samples a search until useful documents hold the answer
+  and noisy ones don't (`simulator.max_samples`);
 - real retriever: BM25 in training too.
 
 These are tiny models in an invented world. Larger language models may order the rows differently.
 """
 QUALITY = """Held-out searches of the policy, repeated (`zs-fast simulator-quality`, see
-[simulators.md](simulators.md)). The reader is the untrained policy.
+[simulators.md](simulators.md)), up to three samples a search. The reader is the untrained policy.
 """
 
 
