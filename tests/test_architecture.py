@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "system.seeds": set(),
     "search": NOUNS,
     "models": NOUNS,
-    "rollout": NOUNS | {"search", "models"},
+    "rollout": NOUNS | {"search", "models", "zs_kernels"},
     "learn": NOUNS | {"models", "zs_kernels", "system.distributed"},
     "system": NOUNS,
     "report": NOUNS | {"system.files", "system.jsonl"},

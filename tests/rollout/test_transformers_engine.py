@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM
 from zs_fast.errors import EngineError, PreflightError
 from zs_fast.models.attention import PackedAttention
 from zs_fast.models.load import LoadedModel
+from zs_fast.models.lora import attach_adapter
 from zs_fast.rollout.scheduler import PIECE_TOKENS
 from zs_fast.rollout.transformers_engine import TransformersEngine
 from zs_fast.testing import byte_tokenizer, tiny_model
 from zs_fast.types import Completion, FinishReason, Role, Sampling
+from zs_kernels.decoder_rows import has_fast_rows
 
 POLICY, SIMULATOR = Role.POLICY, Role.SIMULATOR
 
@@ -34,6 +36,9 @@ def threads(count: int) -> Iterator[None]:
 
 def engine_for(loaded: LoadedModel, *, slots: int = 8, limit: int = 1024, **options) -> TransformersEngine:
     return TransformersEngine({POLICY: loaded}, slots=slots, max_context_tokens=limit, **options)
+
+
+by_rows = pytest.mark.skipif(not has_fast_rows(), reason="the row operators are not built, or not fast here")
 
 
 def run(engine: TransformersEngine) -> dict[int, Completion]:
@@ -61,11 +66,18 @@ def reference_logprobs(loaded: LoadedModel, ids: Sequence[int], temperature: flo
     return torch.log_softmax(logits.float() / temperature, -1)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-@pytest.mark.parametrize("batch_invariant", [True, False])
-def test_log_probabilities_are_those_of_the_plain_model_over_several_turns(kind, batch_invariant):
+WAYS = [
+    pytest.param({"row_operators": True}, id="row operators", marks=by_rows),
+    pytest.param({"row_operators": False}, id="fixed blocks"),
+    pytest.param({"batch_invariant": False}, id="plain"),
+]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("options", WAYS)
+def test_log_probabilities_are_those_of_the_plain_model_over_several_turns(kind, options):
     loaded = tiny_model(kind, padded_rows=5)
-    engine = engine_for(loaded, batch_invariant=batch_invariant)
+    engine = engine_for(loaded, **options)
     context = {row: prompt(row, 20 + 150 * row) for row in range(3)}
     for turn in range(3):
         for row, ids in context.items():
@@ -89,9 +101,9 @@ def test_greedy_takes_the_most_likely_token():
     assert (logprobs.max(-1).values - logprobs.gather(-1, torch.tensor(ids)[:, None])[:, 0] < 1e-5).all()
 
 
-def play_alone(loaded: LoadedModel, turns: Sequence[tuple[list[int], Sampling]]) -> list[Completion]:
+def play_alone(loaded: LoadedModel, turns: Sequence[tuple[list[int], Sampling]], **options) -> list[Completion]:
     """One trajectory's turns with nothing else in the engine; each turn's new ids follow what was sampled."""
-    engine = engine_for(loaded, slots=1)
+    engine = engine_for(loaded, slots=1, **options)
     ids: list[int] = []
     completions = []
     for new_ids, sampling in turns:
@@ -103,11 +115,16 @@ def play_alone(loaded: LoadedModel, turns: Sequence[tuple[list[int], Sampling]])
 
 
 def play_together(
-    loaded: LoadedModel, trajectories: Sequence[Sequence[tuple[list[int], Sampling]]], *, slots: int, seed: int
+    loaded: LoadedModel,
+    trajectories: Sequence[Sequence[tuple[list[int], Sampling]]],
+    *,
+    slots: int,
+    seed: int,
+    **options,
 ) -> tuple[list[list[Completion]], TransformersEngine]:
     """All trajectories in one engine, turns added in random order at random times."""
     draws = random.Random(seed)
-    engine = engine_for(loaded, slots=slots)
+    engine = engine_for(loaded, slots=slots, **options)
     ids: list[list[int]] = [[] for _ in trajectories]
     done: list[list[Completion]] = [[] for _ in trajectories]
     ready = list(range(len(trajectories)))
@@ -164,6 +181,78 @@ def test_a_rows_bits_do_not_depend_on_other_rows_slots_or_arrival(kind, dtype, n
         for slots, seed in ((64, 0), (5, 1)):
             together, _ = play_together(loaded, trajectories, slots=slots, seed=seed)
             assert [bits(completions) for completions in together] == alone, (slots, seed)
+
+
+@by_rows
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_row_operators_write_what_the_blocks_write(dtype, adapter):
+    """Over packed prompts and several turns, with biases, head norms and an adapter. In bfloat16 each rounds its own
+    way: there the log-probabilities of the same tokens are compared, and rounding is what may differ."""
+    loaded = tiny_model(
+        "qwen3" if adapter else "qwen2", dtype=dtype, hidden_size=96, heads=6, kv_heads=2, padded_rows=3
+    )
+    if adapter:
+        attach_adapter(loaded.model, 3, seed=1)
+        for name, parameter in loaded.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    turns = [(prompt(turn, 1 + 40 * turn), Sampling(max_new_tokens=8, temperature=0.0)) for turn in range(3)]
+    found = []
+    for row_operators in (True, False):
+        engine = engine_for(loaded, row_operators=row_operators)
+        for row in range(3):
+            engine.add(row, turns[row][0], turns[row][1], role=POLICY)
+        done = run(engine)
+        found.append([done[row] for row in range(3)])
+    for ours, theirs in zip(*found, strict=True):
+        if dtype == "float32":
+            assert ours.token_ids == theirs.token_ids
+            assert torch.allclose(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=2e-5)
+        else:
+            assert abs(ours.logprobs[0] - theirs.logprobs[0]) < 0.05
+
+
+@by_rows
+def test_row_operators_read_the_weights_as_they_are_now():
+    """Parameters may be replaced, not only written to."""
+    loaded = tiny_model(seed=1)
+    engine = engine_for(loaded, row_operators=True)
+    request = prompt(0, 20), Sampling(max_new_tokens=5, temperature=0.0)
+    engine.add(0, *request, role=POLICY)
+    run(engine)
+    layer = loaded.model.model.layers[0].self_attn
+    layer.q_proj.weight = torch.nn.Parameter(-2.0 * layer.q_proj.weight.detach())
+    engine.publish(1)
+    engine.add(1, *request, role=POLICY)
+    completion = run(engine)[1]
+    expected = reference_logprobs(loaded, request[0] + list(completion.token_ids))[19:-1]
+    expected = expected.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+    assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: model.to(torch.float16), "float16"),
+        (lambda model: setattr(model.config, "hidden_act", "gelu"), "gelu"),
+        (lambda model: setattr(model.config, "head_dim", 24), "head_dim is 24"),
+        (lambda model: setattr(model.model.layers[1].mlp, "up_proj", torch.nn.Identity()), r"layers\.1\.up_proj"),
+    ],
+)
+def test_a_model_that_row_operators_do_not_compute_is_refused_by_name(change, reason):
+    loaded = tiny_model()
+    change(loaded.model)
+    with pytest.raises(PreflightError, match=reason):
+        engine_for(loaded, row_operators=True)
+
+
+def test_fixed_blocks_keep_a_rows_bits_too():
+    loaded = tiny_model("qwen2", hidden_size=96, heads=6, kv_heads=2)
+    trajectories = some_trajectories(6, seed=1)
+    alone = [bits(play_alone(loaded, trajectory, row_operators=False)) for trajectory in trajectories]
+    together, _ = play_together(loaded, trajectories, slots=5, seed=1, row_operators=False)
+    assert [bits(completions) for completions in together] == alone
 
 
 @pytest.mark.full
@@ -284,8 +373,8 @@ def test_publishing_in_the_middle_of_a_request_computes_its_context_anew():
     )
 
 
-@pytest.mark.parametrize("batch_invariant", [True, False])
-def test_training_after_sampling_is_training_as_if_never_sampled(batch_invariant):
+@pytest.mark.parametrize("options", WAYS)
+def test_training_after_sampling_is_training_as_if_never_sampled(options):
     def gradients(loaded: LoadedModel) -> list[torch.Tensor]:
         loaded.model.train()
         ids = torch.tensor([prompt(0, 40)])
@@ -300,7 +389,7 @@ def test_training_after_sampling_is_training_as_if_never_sampled(batch_invariant
 
     sampled, untouched = tiny_model("qwen2"), tiny_model("qwen2")
     sampled.model.train()
-    engine = engine_for(sampled, batch_invariant=batch_invariant)
+    engine = engine_for(sampled, **options)
     engine.add(0, prompt(3, 50), Sampling(max_new_tokens=5), role=POLICY)
     run(engine)
     assert all(module.training for module in sampled.model.modules())
@@ -310,12 +399,13 @@ def test_training_after_sampling_is_training_as_if_never_sampled(batch_invariant
         assert torch.equal(ours, theirs)
 
 
-def test_a_broken_forward_leaves_the_module_as_it_was():
+@pytest.mark.parametrize("options", WAYS)
+def test_a_broken_forward_leaves_the_module_as_it_was(options):
     loaded = tiny_model()
-    engine = engine_for(loaded)
+    engine = engine_for(loaded, **options)
     loaded.model.train()
     engine.add(0, prompt(0, 5), Sampling(max_new_tokens=2), role=POLICY)
-    handle = loaded.model.model.norm.register_forward_hook(lambda *_: 1 / 0)
+    handle = loaded.model.model.embed_tokens.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.step()
     handle.remove()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zs_fast.system.seeds import uniform
 from zs_fast.types import Sampling
+from zs_kernels.decoder_rows import draw_rows
 
 
 def sample_tokens(logits_RV: Tensor, samplings: Sequence[Sampling], counters: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -18,23 +19,31 @@ def sample_tokens(logits_RV: Tensor, samplings: Sequence[Sampling], counters: Se
     distribution in float64. The log-probability is that of the softmax at the sampling temperature over the whole
     vocabulary, before top_k and top_p (at temperature 0, where the arg max is taken: at temperature 1).
     """
-    temperatures = [sampling.temperature or 1.0 for sampling in samplings]
-    scaled = logits_RV.float()
-    if any(temperature != 1.0 for temperature in temperatures):
-        scaled = scaled / torch.tensor(temperatures, dtype=torch.float32, device=scaled.device)[:, None]
+    device, size = logits_RV.device, logits_RV.shape[-1]
+    temperatures = torch.tensor([sampling.temperature or 1.0 for sampling in samplings], dtype=torch.float32)
+    draws = [uniform(s.seed, i) if s.temperature else -1.0 for s, i in zip(samplings, counters, strict=True)]
+    given = temperatures.to(device), torch.tensor(draws, dtype=torch.float64).to(device)
+    truncated = [row for row, sampling in enumerate(samplings) if _truncates(sampling, size)]
+    if not truncated:
+        return draw_rows(logits_RV, *given)
+    # Which way a row goes depends on that row alone.
+    whole = [row for row, sampling in enumerate(samplings) if not _truncates(sampling, size)]
+    ids = torch.empty(len(samplings), dtype=torch.int64, device=device)
+    logprobs = torch.empty(len(samplings), dtype=torch.float32, device=device)
+    if whole:
+        ids[whole], logprobs[whole] = draw_rows(logits_RV[whole], *(one[whole] for one in given))
     # softmax and log_softmax work row by row; elementwise exp over the whole [R, V] would round a row's last entries
     # differently when the number of rows changes.
-    logprobs_RV = torch.log_softmax(scaled, -1)
-    if all(sampling.temperature == 0 for sampling in samplings):
-        ids = scaled.argmax(-1)
-    else:
-        weights = _truncate(torch.softmax(scaled, -1), samplings)
-        draws = [uniform(s.seed, i) if s.temperature else 0.0 for s, i in zip(samplings, counters, strict=True)]
-        ids = _invert(weights, torch.tensor(draws, dtype=torch.float64, device=scaled.device))
-        greedy = [sampling.temperature == 0 for sampling in samplings]
-        if any(greedy):
-            ids = torch.where(torch.tensor(greedy, device=scaled.device), scaled.argmax(-1), ids)
-    return ids, logprobs_RV.gather(-1, ids[:, None]).squeeze(-1)
+    scaled = logits_RV[truncated].float() / given[0][truncated, None]
+    weights = _truncate(torch.softmax(scaled, -1), [samplings[row] for row in truncated])
+    chosen = _invert(weights, given[1][truncated])
+    ids[truncated] = chosen
+    logprobs[truncated] = torch.log_softmax(scaled, -1).gather(-1, chosen[:, None]).squeeze(-1)
+    return ids, logprobs
+
+
+def _truncates(sampling: Sampling, size: int) -> bool:
+    return sampling.temperature > 0 and (0 < sampling.top_k < size or sampling.top_p < 1.0)
 
 
 def _invert(weights_RV: Tensor, draws_R: Tensor) -> Tensor:
@@ -51,8 +60,6 @@ def _invert(weights_RV: Tensor, draws_R: Tensor) -> Tensor:
 def _truncate(weights_RV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """Zero the weights outside each row's top_k and top_p. Of equal weights the smaller id goes first."""
     size = weights_RV.shape[-1]
-    if all((s.top_k == 0 or s.top_k >= size) and s.top_p >= 1.0 for s in samplings):
-        return weights_RV
     ordered, order = weights_RV.sort(dim=-1, descending=True, stable=True)
     device = weights_RV.device
     top_k = torch.tensor([min(s.top_k, size) or size for s in samplings], device=device)

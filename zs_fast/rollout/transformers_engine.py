@@ -1,8 +1,9 @@
 """The embedded engine: continuous batching over the plain transformers module that the trainer updates.
 
 Weights are shared by construction: the engine holds the very module. A step packs the next token of every running
-sequence and pieces of new prompts into one [1, T] forward of the decoder, without padding or masks between them; keys
-and values live in preallocated slots and stay there between the turns of a trajectory.
+sequence and pieces of new prompts into one forward of T tokens, without masks between them; keys and values live in
+preallocated slots and stay there between the turns of a trajectory. On a CPU that forward is RowDecoder's, where it
+knows the model; otherwise the module's own, over SlotAttention.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from zs_fast.models.quantize import is_quantized
 from zs_fast.rollout.engine import EngineStats
 from zs_fast.rollout.fixed_blocks import FixedBlocks, round_up_rows
 from zs_fast.rollout.kv_slots import KvSlots, Piece, SlotAttention
+from zs_fast.rollout.row_decoder import RowDecoder, why_not
 from zs_fast.rollout.sampler import sample_tokens
 from zs_fast.rollout.scheduler import Request, Scheduler
 from zs_fast.rollout.stop import StopStrings, eos_token_ids
@@ -27,13 +29,17 @@ from zs_fast.rollout.watch import EngineWatcher, Row
 from zs_fast.search.codec import Codec
 from zs_fast.types import Completion, FinishReason, Role, Sampling
 
+Scheduled = tuple[Request, list[tuple[int, int]]]
+"""A request and its pieces of this step."""
+
 
 class TransformersEngine:
     """Engine over one loaded model per role (one model may serve several roles); see the Engine protocol.
 
     With `batch_invariant` a request's tokens and log-probabilities are, bit for bit, a function of the weights, its
     own prompts and its Sampling: other rows, slots, arrival order and evictions don't matter (CPU, fixed thread count).
-    None turns it on for models on the CPU, unless they are quantised.
+    None turns it on for models on the CPU, unless they are quantised. It does so by the row operators, or without
+    those in fixed blocks (`row_operators` false, or a model that they don't compute; true: such a model is refused).
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class TransformersEngine:
         slots: int,
         max_context_tokens: Mapping[Role, int] | int,
         batch_invariant: bool | None = None,
+        row_operators: bool | None = None,
     ) -> None:
         if slots < 1:
             raise EngineError(f"engine.slots is {slots}; at least 1 is needed.")
@@ -61,7 +68,14 @@ class TransformersEngine:
                 )
             on_cpu = next(loaded.model.parameters()).device.type == "cpu"
             invariant = (on_cpu and not packed) if batch_invariant is None else batch_invariant
-            self._lanes[role] = _Lane(role, loaded, num_slots=slots, max_tokens=limit, batch_invariant=invariant)
+            by_rows = invariant if row_operators is None else row_operators
+            if by_rows and (reason := why_not(loaded.model)):
+                if row_operators:
+                    raise PreflightError(f"row_operators is true, but model {loaded.name!r} can't be had so: {reason}.")
+                by_rows = False
+            self._lanes[role] = _Lane(
+                role, loaded, num_slots=slots, max_tokens=limit, batch_invariant=invariant, by_rows=by_rows
+            )
 
     def add(
         self, request_id: int, prompt_ids: list[int], sampling: Sampling, *, role: Role, cache_salt: str | None = None
@@ -155,7 +169,14 @@ class _Lane:
     """One role's model, slots and forwards; the scheduler says what goes into the next one."""
 
     def __init__(
-        self, role: Role, loaded: LoadedModel, *, num_slots: int, max_tokens: int, batch_invariant: bool
+        self,
+        role: Role,
+        loaded: LoadedModel,
+        *,
+        num_slots: int,
+        max_tokens: int,
+        batch_invariant: bool,
+        by_rows: bool,
     ) -> None:
         config = loaded.model.config
         positions = config.max_position_embeddings
@@ -174,7 +195,7 @@ class _Lane:
         self.eos_ids = set(eos_token_ids(loaded, codec))
         self._stop_strings = StopStrings(codec)
         self._max_tokens = max_tokens
-        self._blocks = FixedBlocks(loaded.model) if batch_invariant else None
+        self._blocks = FixedBlocks(loaded.model) if batch_invariant and not by_rows else None
         self._device = parameter.device
         self.slots = KvSlots(
             num_layers=config.num_hidden_layers,
@@ -185,6 +206,7 @@ class _Lane:
             dtype=parameter.dtype,
             device=parameter.device,
         )
+        self._rows = RowDecoder(loaded.model, self.slots, self._vocab_size) if by_rows else None
         self.scheduler = Scheduler(role, num_slots)
         self._decode_tokens = 0
         self._steps = 0
@@ -229,12 +251,14 @@ class _Lane:
         return completions
 
     @torch.no_grad()
-    def _advance(self, scheduled: list[tuple[Request, list[tuple[int, int]]]]) -> list[Completion]:
+    def _advance(self, scheduled: list[Scheduled]) -> list[Completion]:
         # Not torch.inference_mode: a module may keep a tensor made in here (rotary tables), and a later backward
         # would refuse it.
         self._steps += 1
+        due = [request for request, _ in scheduled if not request.plan]
         with _eval_mode(self.model), self._blocks.active() if self._blocks else nullcontext():
-            due, logits = self._forward(scheduled)
+            self.slots.reserve(max(pieces[-1][1] for _, pieces in scheduled))
+            logits = self._forward_rows(scheduled, due) if self._rows else self._forward(scheduled, due)
         if not due:
             return []
         ids, logprobs = sample_tokens(
@@ -247,19 +271,35 @@ class _Lane:
                 completions.append(self._finish(request, reason))
         return completions
 
-    def _forward(self, scheduled: list[tuple[Request, list[tuple[int, int]]]]) -> tuple[list[Request], Tensor]:
-        """Run the decoder; the requests whose next token is due, and their logits [R, tokenizer's vocabulary]."""
-        self.slots.reserve(max(pieces[-1][1] for _, pieces in scheduled))
+    def _forward_rows(self, scheduled: list[Scheduled], due: list[Request]) -> Tensor:
+        """Logits [R, tokenizer's vocabulary] of the requests that are due, by the row operators."""
+        assert self._rows is not None
+        input_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        last_row: dict[int, int] = {}
+        for request, bounds in scheduled:
+            slot = request.context.slot
+            assert slot is not None
+            for start, end in bounds:
+                input_ids += _feed(request, start, end)
+                positions += range(start, end)
+                slots += [slot] * (end - start)
+            last_row[slot] = len(input_ids) - 1
+        rows = [last_row[request.context.slot] for request in due if request.context.slot is not None]
+        table = torch.tensor([input_ids, slots, positions])
+        return self._rows.logits(table[0], table[1], table[2], torch.tensor(rows, dtype=torch.int64))
+
+    def _forward(self, scheduled: list[Scheduled], due: list[Request]) -> Tensor:
+        """The same by the module itself."""
         pieces = []
         tokens: dict[Piece, list[int]] = {}
         for request, bounds in scheduled:
             for start, end in bounds:
-                assert request.context.slot is not None and request.context.bounds[-1] == start
+                assert request.context.slot is not None
                 piece = Piece(request.context.slot, start, end)
                 pieces.append(piece)
-                tokens[piece] = request.token_ids(start, end)
-                request.context.token_ids.extend(tokens[piece])
-                request.context.bounds.append(end)
+                tokens[piece] = _feed(request, start, end)
         num_tokens = sum(piece.num_tokens for piece in pieces)
         padded = round_up_rows(num_tokens) if self._blocks else num_tokens
         state = SlotAttention(self.slots, pieces, padded, batched=self._blocks is None and self._device.type != "cpu")
@@ -275,14 +315,15 @@ class _Lane:
             use_cache=False,
             attention_state=state,
         ).last_hidden_state[0]
-        due = [request for request, _ in scheduled if not request.plan]
-        rows = [last_row[request.context.slot, request.num_tokens] for request in due]
+        rows = [
+            last_row[request.context.slot, request.num_tokens] for request in due if request.context.slot is not None
+        ]
         if not due:
-            return [], hidden[:0]
+            return hidden[:0]
         if self._blocks:
             rows = rows + rows[:1] * (round_up_rows(len(rows)) - len(rows))
-        logits = self._lm_head(hidden[torch.tensor(rows, device=self._device)])
-        return due, logits[: len(due), : self._vocab_size]
+        logits: Tensor = self._lm_head(hidden[torch.tensor(rows, device=self._device)])
+        return logits[: len(due), : self._vocab_size]
 
     def _append(self, request: Request, token: int, logprob: float) -> FinishReason | None:
         """Add one sampled token; why the request is finished with it, or None."""
@@ -308,7 +349,17 @@ class _Lane:
         )
 
 
-def _rows(scheduled: list[tuple[Request, list[tuple[int, int]]]]) -> list[Row]:
+def _feed(request: Request, start: int, end: int) -> list[int]:
+    """The tokens start .. end of a request, which its context holds from now on."""
+    context = request.context
+    assert context.bounds[-1] == start
+    token_ids = request.token_ids(start, end)
+    context.token_ids.extend(token_ids)
+    context.bounds.append(end)
+    return token_ids
+
+
+def _rows(scheduled: list[Scheduled]) -> list[Row]:
     rows = []
     for request, pieces in scheduled:
         last = request.num_tokens
