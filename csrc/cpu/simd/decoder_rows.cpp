@@ -1,6 +1,6 @@
 // Norm, rotary embedding, attention over slots and the draw of a token, a row at a time.
 #include "zs_decoder_rows.h"
-#include "zs_simd.h"
+#include "zs_row_sums.h"
 
 namespace zs {
 namespace ZS_ISA {
@@ -29,7 +29,7 @@ ZS_INLINE float inverse_root_mean_square(const T* x, int64_t count, float eps) {
     const Floats one = load_some(x + i, lanes_left(i, count));
     squares = fma(one, one, squares);
   }
-  return 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(count) + eps);
+  return 1.0f / __builtin_sqrtf(sum_lanes(squares) / static_cast<float>(count) + eps);
 }
 
 template <class T>
@@ -112,8 +112,12 @@ ZS_INLINE void score_keys(const T* query, const T* keys, int64_t head_dim, float
 #pragma GCC unroll 8
     for (int j = 0; j < count; ++j) total[j] = fma(q, load(keys + j * head_dim + d), total[j]);
   }
-#pragma GCC unroll 8
-  for (int j = 0; j < count; ++j) scores[j] = sum(total[j]) * scale;
+  if constexpr (count == kKeys) {
+    sum_eight(total, scores);
+    for (int j = 0; j < count; ++j) scores[j] *= scale;
+  } else {
+    for (int j = 0; j < count; ++j) scores[j] = sum_lanes(total[j]) * scale;
+  }
 }
 
 // out = sum_j weights[j] values[j], over vectors d .. d + C - 1 of the head; even and odd keys are summed apart.
@@ -153,7 +157,7 @@ ZS_INLINE float exponentials(float* scores, int64_t count) {
     store(scores + j, weight);
     total = total + weight;
   }
-  return sum(total);
+  return sum_lanes(total);
 }
 
 template <class T>

@@ -3,7 +3,7 @@
 // of a weight, six columns each load of an input. Of the weights a tile stays in the first cache while all rows pass by,
 // and the next one is fetched meanwhile. bfloat16 is widened to float on the way, once for each tile.
 #include "zs_decoder_rows.h"
-#include "zs_simd.h"
+#include "zs_row_sums.h"
 
 namespace zs {
 namespace ZS_ISA {
@@ -21,60 +21,45 @@ constexpr int kStrip = kTileColumns;
 constexpr int kStrip = 2;
 #endif
 
+constexpr int64_t kStretch = 64;  // vectors of a row at once
+
 ZS_INLINE int64_t padded(int64_t columns) { return (columns + kLanes - 1) / kLanes * kLanes; }
-
-// The sums over the lanes of eight vectors, each in the order of `sum`.
-#if defined(__AVX512F__)
-ZS_INLINE void sum_eight(const FloatPart* x, float* to) {
-  __m512 a[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m512 p = (__m512)x[2 * i], q = (__m512)x[2 * i + 1];
-    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x44), _mm512_shuffle_f32x4(p, q, 0xee));
-  }
-  __m512 b[2];
-  for (int i = 0; i < 2; ++i)
-    b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88),
-                         _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xdd));
-  const __m512d low = _mm512_castps_pd(b[0]), high = _mm512_castps_pd(b[1]);
-  const __m512 c = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
-                                 _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
-  const __m512 d = _mm512_add_ps(c, _mm512_permute_ps(c, 0xb1));
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
-  _mm256_storeu_ps(to, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, d)));
-}
-#endif
-
-template <int count>
-ZS_INLINE void sum_all(const FloatPart (*x)[kParts], float* to) {
-  int i = 0;
-#if defined(__AVX512F__)
-  for (; i + 8 <= count; i += 8) sum_eight(&x[i][0], to + i);
-#endif
-  for (; i < count; ++i) {
-    Floats one;
-    ZS_PARTS one.part[p] = x[i][p];
-    to[i] = sum(one);
-  }
-}
 
 // What the tile after this one will read.
 struct Ahead {
   const char* at;
   const char* end;
+  int64_t gate;  // where its gate lies from there; 0: none
   int per_step;
 };
 
-// sums[m, n] over `steps` vectors; columns from A on stand at `b`.
+// A stretch of the rows that stays in the first cache beside the inputs.
+struct Stretch {
+  int64_t begin, end;  // in vectors
+  bool first, last;
+};
+
+// sums[m, n] over a stretch, added to `partial` [m, n, lane] unless it is the first, and left there unless it is the
+// last; columns from A on stand at `b`.
 template <int M, int A, int B>
-ZS_INLINE void tile(const float* x, int64_t x_stride, const float* a, const float* b, int64_t stride, int64_t steps,
-                    Ahead& ahead, float* sums) {
+ZS_INLINE void tile(const float* x, int64_t x_stride, const float* a, const float* b, int64_t stride, Stretch stretch,
+                    Ahead& ahead, float* partial, float* sums) {
   constexpr int N = A + B;
-  FloatPart total[M * N][kParts];
+  Floats total[M * N];
+  if (stretch.first) {
 #pragma GCC unroll 32
-  for (int i = 0; i < M * N; ++i) ZS_PARTS total[i][p] = FloatPart{};
+    for (int i = 0; i < M * N; ++i) ZS_PARTS total[i].part[p] = FloatPart{};
+  } else {
+#pragma GCC unroll 32
+    for (int i = 0; i < M * N; ++i)
+      ZS_PARTS total[i].part[p] = load_part<FloatPart>(partial + i * kLanes + p * kPartLanes);
+  }
   const char* fetch = ahead.at;
-  for (int64_t k = 0; k < steps * kLanes; k += kLanes) {
-    for (int f = 0; f < ahead.per_step && fetch < ahead.end; ++f, fetch += 64) prefetch(fetch);
+  for (int64_t k = stretch.begin * kLanes; k < stretch.end * kLanes; k += kLanes) {
+    for (int f = 0; f < ahead.per_step && fetch < ahead.end; ++f, fetch += 64) {
+      prefetch(fetch);
+      if constexpr (B > 0) prefetch(fetch + ahead.gate);
+    }
     ZS_PARTS {
       FloatPart row[M];
 #pragma GCC unroll 4
@@ -84,12 +69,22 @@ ZS_INLINE void tile(const float* x, int64_t x_stride, const float* a, const floa
         const float* from = n < A ? a + n * stride : b + (n - A) * stride;
         const FloatPart weight = load_part<FloatPart>(from + k + p * kPartLanes);
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) total[m * N + n][p] = fma_part(row[m], weight, total[m * N + n][p]);
+        for (int m = 0; m < M; ++m) total[m * N + n].part[p] = fma_part(row[m], weight, total[m * N + n].part[p]);
       }
     }
   }
   ahead.at = fetch;
-  sum_all<M * N>(total, sums);
+  if (!stretch.last) {
+#pragma GCC unroll 32
+    for (int i = 0; i < M * N; ++i)
+      ZS_PARTS std::memcpy(partial + i * kLanes + p * kPartLanes, &total[i].part[p], sizeof(FloatPart));
+    return;
+  }
+  int i = 0;
+#pragma GCC unroll 4
+  for (; i + 8 <= M * N; i += 8) sum_eight(total + i, sums + i);
+#pragma GCC unroll 8
+  for (; i < M * N; ++i) sums[i] = sum_lanes(total[i]);
 }
 
 ZS_INLINE float rounded(float x, const float*) { return x; }
@@ -136,21 +131,27 @@ ZS_INLINE void finish(const LinearRows& in, int64_t row, int64_t column, const f
 // All rows of a chunk against N columns.
 template <class T, int N, bool gated>
 void column_strip(const LinearRows& in, const float* x, int64_t x_stride, int64_t row, int64_t rows, const float* weight,
-                  const float* gate, int64_t stride, int64_t steps, int64_t column, Ahead ahead) {
+                  const float* gate, int64_t stride, int64_t steps, int64_t column, Ahead ahead, float* partials) {
+  constexpr int64_t kTotals = N * (gated ? 2 : 1) * kLanes;
   float sums[kTileRows * N * (gated ? 2 : 1)];
 #define ZS_TILE(M)                                                                                        \
   if constexpr (gated)                                                                                    \
-    tile<M, N, N>(x + m * x_stride, x_stride, gate, weight, stride, steps, ahead, sums);                  \
+    tile<M, N, N>(x + m * x_stride, x_stride, gate, weight, stride, stretch, ahead, partial, sums);       \
   else                                                                                                    \
-    tile<M, N, 0>(x + m * x_stride, x_stride, weight, weight, stride, steps, ahead, sums);                \
-  finish<T, M, N, gated>(in, row + m, column, sums)
-  int64_t m = 0;
-  for (; m + kTileRows <= rows; m += kTileRows) { ZS_TILE(kTileRows); }
-  switch (rows - m) {
-    case 1: { ZS_TILE(1); break; }
-    case 2: { if constexpr (kTileRows > 2) { ZS_TILE(2); } break; }
-    case 3: { if constexpr (kTileRows > 3) { ZS_TILE(3); } break; }
-    default: break;
+    tile<M, N, 0>(x + m * x_stride, x_stride, weight, weight, stride, stretch, ahead, partial, sums);     \
+  if (stretch.last) finish<T, M, N, gated>(in, row + m, column, sums)
+  for (int64_t begin = 0; begin < steps; begin += kStretch) {
+    const int64_t end = steps - begin < kStretch ? steps : begin + kStretch;
+    const Stretch stretch{begin, end, begin == 0, end == steps};
+    int64_t m = 0;
+    float* partial = partials;
+    for (; m + kTileRows <= rows; m += kTileRows, partial += kTileRows * kTotals) { ZS_TILE(kTileRows); }
+    switch (rows - m) {
+      case 1: { ZS_TILE(1); break; }
+      case 2: { if constexpr (kTileRows > 2) { ZS_TILE(2); } break; }
+      case 3: { if constexpr (kTileRows > 3) { ZS_TILE(3); } break; }
+      default: break;
+    }
   }
 #undef ZS_TILE
 }
@@ -158,11 +159,11 @@ void column_strip(const LinearRows& in, const float* x, int64_t x_stride, int64_
 template <class T, bool gated>
 ZS_INLINE void columns_of(int64_t count, const LinearRows& in, const float* x, int64_t x_stride, int64_t row,
                           int64_t rows, const float* weight, const float* gate, int64_t stride, int64_t steps,
-                          int64_t column, const Ahead& ahead) {
+                          int64_t column, const Ahead& ahead, float* partials) {
 #define ZS_STRIP(N)                                                                                              \
   case N: {                                                                                                      \
     if constexpr (N <= (gated ? (kStrip + 1) / 2 : kStrip))                                                      \
-      column_strip<T, N, gated>(in, x, x_stride, row, rows, weight, gate, stride, steps, column, ahead);         \
+      column_strip<T, N, gated>(in, x, x_stride, row, rows, weight, gate, stride, steps, column, ahead, partials); \
     break;                                                                                                       \
   }
   switch (count) { ZS_STRIP(1) ZS_STRIP(2) ZS_STRIP(3) ZS_STRIP(4) ZS_STRIP(5) ZS_STRIP(6) default: break; }
@@ -182,7 +183,7 @@ ZS_INLINE void widen(const Bf16* from, int64_t columns, float* to) {
 template <class T>
 int64_t chunk_rows(int64_t columns) {
   const int64_t rows = kLinearInputs / padded(columns) / kTileRows * kTileRows;
-  return rows > kTileRows ? rows : kTileRows;
+  return rows < kTileRows ? kTileRows : rows < kLinearRows ? rows : kLinearRows;
 }
 
 template <class T, bool gated>
@@ -192,8 +193,9 @@ void run(const LinearRows& in, int64_t first, int64_t last, float* scratch) {
   const int64_t columns = in.x.columns, steps = padded(columns) / kLanes;
   const bool as_it_lies = is_float && columns % kLanes == 0;
   const int64_t chunk = chunk_rows<T>(columns);
-  float* weights = scratch;                                    // [2 * kTileColumns, padded]
-  float* inputs = scratch + 2 * kTileColumns * steps * kLanes;  // [chunk, padded]
+  float* weights = scratch;                                       // [2 * kTileColumns, padded]
+  float* partials = scratch + 2 * kTileColumns * steps * kLanes;  // [chunk, kTileColumns, kLanes]
+  float* inputs = partials + chunk * kTileColumns * kLanes;       // [chunk, padded]
   const T* weight = static_cast<const T*>(in.weight.data);
   const T* gate = static_cast<const T*>(in.gate);
   for (int64_t row = 0; row < in.x.rows; row += chunk) {
@@ -210,27 +212,21 @@ void run(const LinearRows& in, int64_t first, int64_t last, float* scratch) {
       const int64_t count = last - n < width ? last - n : width;
       const T* w = weight + n * in.weight.stride;
       const T* g = gated ? gate + n * in.weight.stride : w;
-      // Weights that lie one row after the other are fetched ahead; with a gate its own are, and the others follow.
       const int64_t bytes = width * in.weight.stride * static_cast<int64_t>(sizeof(T));
-      Ahead ahead{reinterpret_cast<const char*>(w) + bytes, reinterpret_cast<const char*>(w) + 2 * bytes,
-                  static_cast<int>((width * static_cast<int64_t>(sizeof(T)) / 4 + tiles - 1) / tiles)};
-      if (ahead.per_step < 1) ahead.per_step = 1;
-      if (n + 2 * width > in.weight.rows) ahead.end = ahead.at;
-      if constexpr (gated) {
-        const char* other = reinterpret_cast<const char*>(g) + bytes;
-        if (ahead.at != ahead.end)
-          for (int64_t i = 0; i < bytes; i += 64) prefetch(other + i);
-      }
+      const char* next = reinterpret_cast<const char*>(w) + bytes;
+      const int per_step = static_cast<int>((width * static_cast<int64_t>(sizeof(T)) / 4 + tiles - 1) / tiles);
+      const Ahead ahead{next, n + 2 * width > in.weight.rows ? next : next + bytes,
+                        reinterpret_cast<const char*>(g) - reinterpret_cast<const char*>(w), per_step < 1 ? 1 : per_step};
       if (as_it_lies) {
         columns_of<T, gated>(count, in, x, x_stride, row, rows, reinterpret_cast<const float*>(w),
-                             reinterpret_cast<const float*>(g), in.weight.stride, steps, n, ahead);
+                             reinterpret_cast<const float*>(g), in.weight.stride, steps, n, ahead, partials);
       } else {
         for (int64_t i = 0; i < count; ++i) {
           widen(w + i * in.weight.stride, columns, weights + i * steps * kLanes);
           if (gated) widen(g + i * in.weight.stride, columns, weights + (kTileColumns + i) * steps * kLanes);
         }
         columns_of<T, gated>(count, in, x, x_stride, row, rows, weights, weights + kTileColumns * steps * kLanes,
-                             steps * kLanes, steps, n, ahead);
+                             steps * kLanes, steps, n, ahead, partials);
       }
     }
   }

@@ -1,0 +1,49 @@
+// Sums over the lanes of one vector and of eight at once, in the order of `sum`; for sources under csrc/cpu/simd.
+#pragma once
+
+#include "zs_simd.h"
+
+namespace zs::ZS_ISA {
+
+#if defined(__AVX2__)
+ZS_INLINE float sum_quarter(__m128 x) {
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+ZS_INLINE float sum_lanes(Floats x) {
+#if defined(__AVX512F__)
+  const __m512 all = (__m512)x.part[0];
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+#else
+  const __m256 half = _mm256_add_ps((__m256)x.part[0], (__m256)x.part[1]);
+#endif
+  return sum_quarter(_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+#else
+ZS_INLINE float sum_lanes(Floats x) { return sum(x); }
+#endif
+
+ZS_INLINE void sum_eight(const Floats* x, float* to) {
+#if defined(__AVX512F__)
+  __m512 a[4], b[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 p = (__m512)x[2 * i].part[0], q = (__m512)x[2 * i + 1].part[0];
+    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x44), _mm512_shuffle_f32x4(p, q, 0xee));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88),
+                         _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xdd));
+  const __m512d low = _mm512_castps_pd(b[0]), high = _mm512_castps_pd(b[1]);
+  const __m512 c = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  const __m512 d = _mm512_add_ps(c, _mm512_permute_ps(c, 0xb1));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm256_storeu_ps(to, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, d)));
+#else
+  for (int i = 0; i < 8; ++i) to[i] = sum_lanes(x[i]);
+#endif
+}
+
+}  // namespace zs::ZS_ISA
