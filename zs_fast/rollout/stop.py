@@ -25,20 +25,28 @@ class StopStrings:
     def __init__(self, codec: Codec) -> None:
         self._decode = codec.decode
         self._pieces: dict[int, str] = {}
+        self._candidates: dict[tuple[str, ...], dict[int, bool]] = {}
 
     def completed(self, token_ids: Sequence[int], stop: Sequence[str]) -> bool:
         """Does the text of `token_ids` hold a stop string, given that without the last token it held none?"""
         if not stop or not token_ids:
             return False
-        piece = self._piece(token_ids[-1])
-        # Bytes of a split character decode to U+FFFD, and decoding may eat spaces: those are looked at in context.
-        if not any(
-            string[-1] in piece or "\ufffd" in piece or string[-1].isspace() or not string[-1].isascii()
-            for string in stop
-        ):
+        candidates = self._candidates.setdefault(tuple(stop), {})
+        token = token_ids[-1]
+        if token not in candidates:
+            candidates[token] = self._may_complete(self._piece(token), stop)
+        if not candidates[token]:
             return False
         text = self._decode(self._tail(token_ids, max(len(string.encode()) for string in stop)))
         return any(string in text for string in stop)
+
+    @staticmethod
+    def _may_complete(piece: str, stop: Sequence[str]) -> bool:
+        # Bytes of a split character decode to U+FFFD, and decoding may eat spaces: those are looked at in context.
+        return any(
+            string[-1] in piece or "\ufffd" in piece or string[-1].isspace() or not string[-1].isascii()
+            for string in stop
+        )
 
     def _piece(self, token: int) -> str:
         if token not in self._pieces:

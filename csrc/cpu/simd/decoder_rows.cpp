@@ -120,29 +120,38 @@ ZS_INLINE void score_keys(const T* query, const T* keys, int64_t head_dim, float
   }
 }
 
-// out = sum_j weights[j] values[j], over vectors d .. d + C - 1 of the head; even and odd keys are summed apart.
+// out = sum_j weights[j] values[j], over C vectors of the head. Eight sums are under way, so that none waits for itself:
+// of one head, those of every (8 / C)th key.
 template <class T, int C>
 ZS_INLINE void mix_values(const float* weights, const T* values, int64_t count, int64_t head_dim, float scale, T* out) {
-  Floats even[C], odd[C];
+  constexpr int kApart = 8 / C;
+  Floats total[kApart][C];
+#pragma GCC unroll 8
+  for (int u = 0; u < kApart; ++u)
 #pragma GCC unroll 4
-  for (int c = 0; c < C; ++c) even[c] = odd[c] = 0.0f;
+    for (int c = 0; c < C; ++c) total[u][c] = 0.0f;
   int64_t j = 0;
-  for (; j + 2 <= count; j += 2) {
-    const T* from = values + j * head_dim;
-    const Floats one = weights[j], other = weights[j + 1];
+  for (; j + kApart <= count; j += kApart) {
+#pragma GCC unroll 8
+    for (int u = 0; u < kApart; ++u) {
+      const Floats weight = weights[j + u];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      even[c] = fma(one, load(from + c * kLanes), even[c]);
-      odd[c] = fma(other, load(from + head_dim + c * kLanes), odd[c]);
+      for (int c = 0; c < C; ++c) total[u][c] = fma(weight, load(values + (j + u) * head_dim + c * kLanes), total[u][c]);
     }
   }
-  if (j < count) {
-    const Floats one = weights[j];
+  for (; j < count; ++j) {
+    const Floats weight = weights[j];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) even[c] = fma(one, load(values + j * head_dim + c * kLanes), even[c]);
+    for (int c = 0; c < C; ++c) total[0][c] = fma(weight, load(values + j * head_dim + c * kLanes), total[0][c]);
   }
 #pragma GCC unroll 4
-  for (int c = 0; c < C; ++c) store(out + c * kLanes, (even[c] + odd[c]) * scale);
+  for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 3
+    for (int width = kApart / 2; width > 0; width /= 2)
+#pragma GCC unroll 4
+      for (int u = 0; u < width; ++u) total[u][c] = total[u][c] + total[u + width][c];
+    store(out + c * kLanes, total[0][c] * scale);
+  }
 }
 
 // scores become weights exp(score - largest), and their sum is given. Room for 16 more is used.
@@ -185,7 +194,9 @@ void attend(const AttendRows& in, int64_t first, int64_t last, float* scratch) {
       int64_t d = 0;
       for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes)
         mix_values<T, 4>(weights, values + d, count, head_dim, scale, out + g * head_dim + d);
-      for (; d < head_dim; d += kLanes)
+      for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes)
+        mix_values<T, 2>(weights, values + d, count, head_dim, scale, out + g * head_dim + d);
+      if (d < head_dim)
         mix_values<T, 1>(weights, values + d, count, head_dim, scale, out + g * head_dim + d);
     }
   }
