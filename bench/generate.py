@@ -67,7 +67,7 @@ def ragged(batch: int, dtype: str, *, prompt: int = 128, new: int = 128) -> Work
     draws = random.Random(0)
     prompts = tuple(draws.randint(prompt // 2, prompt + prompt // 2) for _ in range(batch))
     written = tuple(max(1, min(2 * new, int(new * 0.75 * draws.lognormvariate(0.0, 0.7)))) for _ in range(batch))
-    return Work(name=f"{dtype} batch {batch}, ragged", dtype=dtype, prompts=prompts, new=written)
+    return Work(name=f"{dtype} ragged {batch}", dtype=dtype, prompts=prompts, new=written)
 
 
 def main(words: Sequence[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import rollout
+from bench import generate, rollout
 from bench.rollout_trace import load_trace, make_trace
 from zs_fast.errors import ConfigError
 
@@ -50,3 +50,21 @@ def test_fewer_steps_without_barriers_and_fewer_still_with_refill(results):
 def test_unknown_words_are_refused():
     with pytest.raises(ConfigError, match="bench rollout"):
         rollout.main(["--fast"])
+    with pytest.raises(ConfigError, match="against generate"):
+        rollout.main(["--against", "generate", "--fast"])
+    with pytest.raises(ConfigError, match="no such case"):
+        rollout.main(["--against", "generate", "--untested", "--only", "nothing"])
+
+
+def test_both_ways_write_every_token_of_every_case():
+    """The ways themselves assert how many; each has a rate in the end."""
+    summary = rollout.main(["--against", "generate", "--quick", "--untested", "--only", "float32 batch 8", "ragged"])
+    rates = summary["workload"]["new_tokens_per_cpu_second"]
+    assert set(rates) == {"float32 batch 8", "float32 ragged 32", "bfloat16 ragged 32"}
+    assert all(set(of_case) == {generate.THEIRS, generate.OURS} for of_case in rates.values())
+
+
+def test_ragged_rows_have_the_even_ones_mean():
+    work = generate.ragged(32, "float32")
+    assert 0.8 < sum(work.prompts) / (32 * 128) < 1.2 and 0.8 < work.new_tokens / (32 * 128) < 1.2
+    assert max(work.new) > 1.5 * work.new_tokens / 32, "some rows wait for the longest"
