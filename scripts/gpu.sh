@@ -116,7 +116,10 @@ step() {
 
 train() {
     build
+    local small=()
+    [[ -z $dry ]] || small=(--train.questions_per_step 2 --train.group_size 2 --eval.data "")
     timeout 480 "$python" -m zs_fast.cli train quickstart --model.device "$device" --train.steps "${ZS_GPU_STEPS:-10}" \
+        "${small[@]}" \
         --output "$(mktemp -d)/run" --json | tail -n 1 | tee "$results/quickstart.json"
 }
 
