@@ -77,8 +77,9 @@ class TracedEngine(TraceEngine):
 
 
 def without_an_end(loaded: LoadedModel) -> LoadedModel:
-    """The same weights with a tokenizer of bytes alone, so that no token that is sampled ends a text."""
+    """The same weights with as many tokens, none of which ends a text when it is sampled."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet += [f"<{number}>" for number in range(len(alphabet), len(loaded.tokenizer))]
     tokenizer = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
