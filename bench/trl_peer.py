@@ -16,7 +16,7 @@ import math
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from zs_fast.search.backends import SearchBackend
 from zs_fast.search.codec import Codec
 from zs_fast.search.simulator import SimulatedSearch
 from zs_fast.system.memory import Memory, Phase
-from zs_fast.types import Completion, FinishReason, Group, Role, Sampling
+from zs_fast.types import Completion, Group, Role, Sampling
 
 if TYPE_CHECKING:
     from bench.whole_step import Played, Stage
@@ -42,8 +42,8 @@ MICRO_BATCH = 8
 """Trajectories in a forward and backward at most: TRL's default."""
 NO_TOKEN = -1
 """An id that is never sampled."""
-Written = Mapping[int, tuple[int, ...]]
-"""Seed of a draw -> the ids that were sampled by it."""
+Written = Mapping[int, Completion]
+"""Seed of a draw -> what was sampled by it."""
 
 
 def why_not(stage: Stage) -> str:
@@ -61,9 +61,9 @@ def why_not(stage: Stage) -> str:
 
 
 @contextmanager
-def recording(engine: LocalEngine) -> Iterator[dict[int, tuple[int, ...]]]:
+def recording(engine: LocalEngine) -> Iterator[dict[int, Completion]]:
     """What an engine writes in the block, by the seed of the draw."""
-    written: dict[int, tuple[int, ...]] = {}
+    written: dict[int, Completion] = {}
     seeds: dict[tuple[Role, int], int] = {}
     add, step = engine.add, engine.step
 
@@ -74,7 +74,7 @@ def recording(engine: LocalEngine) -> Iterator[dict[int, tuple[int, ...]]]:
     def recorded_step() -> list[Completion]:
         completions = step()
         for one in completions:
-            written[seeds.pop((one.role, one.request_id))] = one.token_ids
+            written[seeds.pop((one.role, one.request_id))] = one
         return completions
 
     engine.add, engine.step = recorded_add, recorded_step  # type: ignore[method-assign]
@@ -117,21 +117,13 @@ class GeneratingEngine:
 
     def _write(self, role: Role, waiting: Sequence[tuple[int, list[int], int]]) -> list[Completion]:
         prompts = [prompt_ids for _, prompt_ids, _ in waiting]
-        texts = [self._written[seed] for *_, seed in waiting]
+        written = [self._written[seed] for *_, seed in waiting]
+        texts = [one.token_ids for one in written]
         self._generate[role](prompts, texts)
         self.counts[f"{role}/prefill_tokens"] += max(map(len, prompts)) * len(prompts)
         self.counts[f"{role}/decode_tokens"] += sum(map(len, texts))
         self.counts[f"{role}/steps"] += max(map(len, texts))
-        return [
-            Completion(
-                request_id=request_id,
-                role=role,
-                token_ids=ids,
-                logprobs=(0.0,) * len(ids),
-                finish_reason=FinishReason.STOP,
-            )
-            for (request_id, *_), ids in zip(waiting, texts, strict=True)
-        ]
+        return [replace(one, request_id=request[0]) for request, one in zip(waiting, written, strict=True)]
 
     @property
     def num_unfinished(self) -> int:
