@@ -41,6 +41,8 @@ OVERRIDES = {
     "game.max_observation_tokens": ["64"],
     "game.max_context_tokens": ["512"],
     "game.reward": ["bench.step_trace:alternating"],
+    "sampling.temperature": ["3.0"],  # a completion is known again by its ids: no two may be equal
+    "simulator.temperature": ["3.0"],
 }
 """What the trace asks of a recipe."""
 
