@@ -1,7 +1,7 @@
-"""docs/bench.png: whole steps, operations and scaling, drawn from the newest result files of one machine.
+"""docs/bench.png: whole steps, operations and scaling, drawn from the newest result files.
 
-`python -m bench.plots [FOLDER]` (by default bench/results/<this machine>) writes it. A picture whose file is
-not there stays empty and says so: nothing is drawn that was not measured.
+`python -m bench.plots [FOLDER ...]` (by default all folders of bench/results) writes it. Each panel is of one machine,
+which it names. A panel whose file is not there stays empty and says so: nothing is drawn that was not measured.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench.ops import ROOT
-from bench.results import RESULTS, device_slug
+from bench.results import RESULTS
 from zs_fast.errors import ConfigError
-from zs_fast.system.environment import environment
 
 PICTURE = ROOT / "docs" / "bench.png"
 PHASES = {"rollout": "#2a6fb0", "score": "#d9741a", "update": "#2e8b57"}
@@ -40,20 +39,21 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def main(words: Sequence[str]) -> Path:
-    """Draw from the folder that is named, or this machine's. Raises ConfigError where that holds no results."""
-    folder = Path(words[0]) if words else RESULTS / device_slug(environment("cpu"))
-    found = read(folder)
+    """Draw from the folders that are named, or all. Raises ConfigError where they hold no results."""
+    folders = [Path(word) for word in words] or sorted(path for path in RESULTS.iterdir() if path.is_dir())
+    found = read(folders)
     if not any(found.values()):
-        raise ConfigError(f"bench.plots: {folder} holds no results. Run zs-fast bench first, or name another folder.")
+        names = ", ".join(map(str, folders)) or str(RESULTS)
+        raise ConfigError(f"bench.plots: no results in {names}. Run zs-fast bench first, or name another folder.")
     PICTURE.write_bytes(picture(found))
-    print(f"written: {PICTURE.relative_to(ROOT)}, from {folder}")
+    print(f"written: {PICTURE.relative_to(ROOT)}")
     return PICTURE
 
 
-def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The result files of a folder by subject, oldest first."""
+def read(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
+    """The result files of these folders by subject, oldest first."""
     found: dict[str, list[dict[str, Any]]] = {"end_to_end": [], "ops": [], "scaling": []}
-    for path in sorted(folder.glob("*.json")):
+    for path in (path for folder in folders for path in sorted(folder.glob("*.json"))):
         summary = json.loads(path.read_text(encoding="utf-8"))
         if summary.get("subject") in found:
             found[summary["subject"]].append(summary)
@@ -68,7 +68,7 @@ def picture(found: Results) -> bytes:
     panels = figure.subplots(2, 2)
     steps(panels[0, 0], newest(found["end_to_end"], trace=False), "Whole step, played")
     steps(panels[0, 1], newest(found["end_to_end"], trace=True), "Whole step, forced lengths")
-    operations(panels[1, 0], timings(found["ops"]))
+    operations(panels[1, 0], found["ops"])
     scaling(panels[1, 1], found["scaling"][-1] if found["scaling"] else None)
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
@@ -108,12 +108,14 @@ def steps(axes: Axes, summary: Mapping[str, Any] | None, title: str) -> None:
     axes.set_xlabel("CPU seconds, one thread" if summary["clock"] == "cpu_seconds" else "seconds")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     model = str(summary["models"]["policy"]).rpartition("/")[2]
-    _titled(axes, f"{title}: {model}, {summary['workload']['trajectories']} trajectories")
+    _titled(axes, f"{title}: {model}, {summary['workload']['trajectories']} trajectories\n{_machine(summary)}")
 
 
-def operations(axes: Axes, rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
-    """How near each operation comes to its floor, ours and two others."""
-    title = "Operations: share of the floor (1: as fast as can be)"
+def operations(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
+    """How near each operation comes to its floor, ours and two others: those of the newest run's machine."""
+    title = "Operations: share of the floor"
+    here = [one for one in results if _machine(one) == _machine(results[-1])]
+    rows = timings(here)
     labels, shares, colours = [], [], []
     for case, (ours, others) in OPERATIONS.items():
         there = [variant for variant in others if (case, variant) in rows][:2]
@@ -132,7 +134,7 @@ def operations(axes: Axes, rows: Mapping[tuple[str, str], Mapping[str, Any]]) ->
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     axes.invert_yaxis()
-    _titled(axes, title)
+    _titled(axes, f"{title}\n{_machine(here[-1])}")
 
 
 def scaling(axes: Axes, summary: Mapping[str, Any] | None) -> None:
@@ -157,7 +159,12 @@ def scaling(axes: Axes, summary: Mapping[str, Any] | None) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.legend(frameon=False, fontsize=8)
-    _titled(axes, title)
+    _titled(axes, f"{title}\n{_machine(summary)}")
+
+
+def _machine(summary: Mapping[str, Any]) -> str:
+    found = summary.get("environment", {})
+    return f"{found.get('cpu', 'unknown')}, {summary['time'][:10]}"
 
 
 def _titled(axes: Axes, title: str) -> None:
