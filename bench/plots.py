@@ -106,7 +106,7 @@ def steps(axes: Axes, summary: Mapping[str, Any] | None, title: str) -> None:
     axes.set_xlim(0, 1.3 * max(ends))
     axes.invert_yaxis()
     axes.set_xlabel("CPU seconds, one thread" if summary["clock"] == "cpu_seconds" else "seconds")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
     model = str(summary["models"]["policy"]).rpartition("/")[2]
     _titled(axes, f"{title}: {model}, {summary['workload']['trajectories']} trajectories\n{_machine(summary)}")
 
