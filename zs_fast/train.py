@@ -176,6 +176,10 @@ class _Run:
             longest=longest,
             critic=config.critic,
         )
+        saves = sum(
+            self._is_due(config.train.save_every, step) for step in range(self.first_step, config.train.steps + 1)
+        )
+        crowded = store.check_room(self.updater.saved_bytes(), saves) if is_main() else ""
         self.publisher = publisher(config, self.arena, self.trained)
         self.counts = StepCounts(self.arena.engine)
         offloading = offloads(config, self.arena.engine, self.updater, device)
@@ -195,8 +199,9 @@ class _Run:
         self.log.note(planned)
         for warning in self.log.truncate(checkpoint.step if checkpoint else -1) + store.warnings:
             self.log.note(warning)
-        for choice in (*self.arena.choices, *offloading.choices):
-            self.log.note(choice)
+        for choice in (crowded, *self.arena.choices, *offloading.choices):
+            if choice:
+                self.log.note(choice)
         if device.type == "cuda":
             dtype = DTYPES[config.model.dtype]
             self.log.note(f"attention of the update: {use_attention(config.model.attention, device, dtype)}")

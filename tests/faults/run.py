@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,9 @@ ROWS = {
         (f"{FAULTS} -k 'error or short or descriptor'", f"{STOPS} -k disk"),
     ),
     "F06": Row(
-        "a run folder that can't be written", "refused before the first rollout", ("tests/system/test_lock.py",)
+        "a run folder that can't be written, or a disk without room",
+        "refused before the first rollout",
+        ("tests/system/test_lock.py", "tests/system/test_disk_room.py"),
     ),
     "F07": Row(
         "bit flips, cuts, swapped, missing, stale files",
@@ -83,6 +85,7 @@ ROWS = {
         "the same questions in the same order, the same bytes",
         (
             "tests/search/test_question_order.py",
+            "tests/system/test_train_run.py -k resume_from_any",
             "tests/system/test_refill_run.py",
             "tests/system/test_metrics.py -k resume",
         ),
@@ -119,17 +122,57 @@ ROWS = {
         (f"{UPDATE} -k 'dead or nothing or non_finite'", "tests/ops/test_group_advantages.py"),
     ),
     "F30": Row("malformed data sets", "one error: file, row, field", ("tests/search/test_malformed_data.py",)),
-    "F41": Row("all simulators dead in a step", "finished steps saved, one error", (f"{RANKS} -k dead_simulator",)),
-    "F46": Row("exposure", "the key is not sent in the open", (f"{REMOTE} -k 'key or machine'",)),
-    "F47": Row("redirects, plain http", "not followed, no key", (f"{REMOTE} -k 'redirect or withheld'",)),
+    "F41": Row(
+        "all simulators dead in a step, back after a restart",
+        "finished steps saved, one error; the same bytes after a resume, no reply asked for twice",
+        ("tests/faults/test_dead_simulator.py", f"{RANKS} -k dead_simulator"),
+    ),
+    "F42": Row(
+        "30 % of the simulator's requests fail, in six ways, over 200 steps",
+        "every byte as without, no search lost",
+        ("tests/faults/test_flapping_simulator.py -k sound",),
+        200,
+    ),
+    "F43": Row(
+        "1,000 requests wait for a server that comes back",
+        "never more in flight than the cap; waits differ",
+        ("tests/faults/test_flapping_simulator.py -k 'overrun or jitter'",),
+        1000,
+    ),
+    "F46": Row(
+        "exposure",
+        "processes listen to loopback or nothing; no key is sent in the open",
+        ("tests/cli/test_listeners.py", "tests/search/test_retriever_server.py", f"{REMOTE} -k 'key or machine'"),
+    ),
+    "F47": Row(
+        "bad certificates, redirects, plain http",
+        "refused before anything is sent; not followed; no key",
+        ("tests/search/test_tls.py", f"{REMOTE} -k 'redirect or withheld'"),
+    ),
     "F50": Row("a rank dies", "all are gone, a resume ends the same", (f"{RANKS} -k 'killed_rank or fail_as_one'",)),
     "F51": Row("out of memory in an update", "smaller micro batches on all ranks", ("tests/learn/test_micro_step.py",)),
     "F52": Row(
-        "NaN and inf in losses, gradients, weights",
+        "NaN and inf at nine places of a step, on any rank",
         "the update is left out; such weights are never published or saved; stop after K",
-        (f"{UPDATE} -k non_finite", f"{STOPS} -k finite"),
+        ("tests/learn/test_nonfinite_sites.py", f"{UPDATE} -k non_finite", f"{STOPS} -k finite"),
     ),
-    "F54": Row("an engine that hangs or dies", "ended at the deadline, stacks kept", (f"{STOPS} -k sign_of_life",)),
+    "F53": Row(
+        "leaks over 3,000 steps",
+        "at most 50 KiB a step; files and threads constant",
+        ("tests/faults/test_leaks.py",),
+        3000,
+    ),
+    "F54": Row(
+        "an engine that hangs or dies",
+        "ended at the deadline, stacks kept",
+        (f"{STOPS} -k 'sign_of_life or engine_that'", "tests/rollout/test_shared_weights.py"),
+    ),
+    "F56": Row(
+        "noise in the order of replies, hash seed, clock",
+        "every byte as without",
+        ("tests/faults/test_noise_around_a_run.py",),
+        20,
+    ),
     "F60": Row("bad kernel arguments", "a Python error", ("tests/ops/test_argument_contract.py",)),
     "F61": Row(
         "kernel logic",
@@ -143,18 +186,18 @@ ROWS = {
         1_000_000,
     ),
     "F70": Row("unsafe constructs", "none in the source", ("tests/test_architecture.py -k 'ban or banned'",)),
+    "F71": Row(
+        "dependencies",
+        "each one that is installed is pinned to its version; bandit finds nothing of high weight",
+        ("tests/cli/test_dependencies.py",),
+    ),
 }
 NOT_BUILT = {
-    "F42": "30 % of requests failing over 200 steps",
-    "F43": "recovery stampede",
-    "F53": "leaks over 3,000 steps",
-    "F56": "noise in schedule, hash seed and clock over 20 seeds",
     "F62": "memory safety on a GPU",
-    "F71": "locked dependencies",
 }
 
 
-def run_row(name: str, *, fast: bool, trials: int, seed: int) -> dict[str, object]:
+def run_row(name: str, *, fast: bool, trials: int, seed: int) -> dict[str, Any]:
     row, started = ROWS[name], time.monotonic()
     environment = os.environ | {"ZS_FAULT_SEED": str(seed), "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     if not fast and (trials or row.trials):
@@ -180,8 +223,9 @@ def run_row(name: str, *, fast: bool, trials: int, seed: int) -> dict[str, objec
             command += [] if fast else ["-m", "full or not full"]
             subprocess.run(command, cwd=ROOT, env=environment, check=False)
             _add(counts, Path(report.name).read_text(encoding="utf-8"))
-    full = not fast and (not trials or trials >= row.trials)
-    return counts | {"seed": seed, "seconds": round(time.monotonic() - started, 1), "full": full}
+    size = "as in CI" if fast else "full" if not trials or trials >= row.trials else f"{trials} of {row.trials}"
+    seconds = round(time.monotonic() - started, 1)
+    return counts | {"seed": seed, "seconds": seconds, "size": size}
 
 
 def _add(counts: dict[str, int], report: str) -> None:
@@ -205,7 +249,7 @@ def published() -> dict[str, list[str]]:
     return {name: told for name, _, _, *told in cells}
 
 
-def write_page(results: dict[str, dict[str, object]]) -> None:
+def write_page(results: dict[str, dict[str, Any]]) -> None:
     before = published()
     lines = [
         "# Faults",
@@ -219,8 +263,7 @@ def write_page(results: dict[str, dict[str, object]]) -> None:
     for name, row in ROWS.items():
         result, cells = results.get(name), before.get(name, ["", "", "", "", "", "not run yet"])
         if result is not None:
-            cells = [str(result[key]) for key in ("tests", "trials", "failures", "seed", "seconds")]
-            cells.append("full" if result["full"] else "not run in full: as in CI")
+            cells = [str(result[key]) for key in ("tests", "trials", "failures", "seed", "seconds", "size")]
         lines.append(f"| {name} | {row.fault} | {row.expected} | {' | '.join(cells)} |")
     lines += ["", "Not built yet:", "", *(f"- {name}: {what}" for name, what in NOT_BUILT.items()), ""]
     PAGE.write_text("\n".join(lines), encoding="utf-8")
@@ -239,7 +282,7 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     for name in given.rows or ROWS:
         known = results.get(name)
-        if not given.rows and known and not known["failures"] and (known["full"] or given.fast):
+        if not given.rows and known and not known["failures"] and (known["size"] == "full" or given.fast):
             continue
         print(f"{name}: {ROWS[name].fault}", flush=True)
         results[name] = run_row(name, fast=given.fast, trials=given.trials, seed=given.seed)

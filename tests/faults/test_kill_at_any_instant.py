@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import zs_fast.train
-from zs_fast.recipe_files import load_recipe
+from tests.faults.toy import toy
 from zs_fast.system.checkpoint import CheckpointStore, fault
 from zs_fast.system.journal import RunJournal
 from zs_fast.train import train
@@ -30,18 +30,20 @@ KILLS_PER_RUN = 4
 
 
 def small_run(output: Path):
-    small = {
-        "output": output,
-        "train.steps": STEPS,
-        "train.questions_per_step": 2,
-        "train.group_size": 2,
-        "train.learning_rate": 1e-3,
-        "train.save_every": 2,
-        "train.eval_every": 2,
-        "eval.questions": 2,
-        "eval.search": "bm25",
-    }
-    return load_recipe(["quickstart"], {key: [str(value)] for key, value in small.items()})
+    return toy(
+        output,
+        STEPS,
+        **{
+            "simulator.kind": "model",
+            "simulator.max_new_tokens": 60,
+            "train.learning_rate": 1e-3,
+            "train.save_every": 2,
+            "train.eval_every": 2,
+            "eval.data": "quickstart:heldout",
+            "eval.questions": 1,
+            "eval.search": "bm25",
+        },
+    )
 
 
 def start(output: Path, calls: Path) -> int:
@@ -82,6 +84,7 @@ def test_every_killed_run_ends_in_the_bytes_of_one_left_alone(tmp_path, record_p
     started = time.monotonic()
     assert wait(start(whole, tmp_path / "calls_of_whole")) == 0
     whole_s = time.monotonic() - started
+    assert (tmp_path / "calls_of_whole").read_text(), "it searches"
     draws, kills, number = random.Random(SEED), 0, 0
     while kills < KILLS:
         run, calls = tmp_path / f"run_{number}", tmp_path / f"calls_{number}"

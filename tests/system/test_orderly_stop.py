@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import zs_fast.train
-from zs_fast.errors import CheckpointError, NonFiniteError
+from zs_fast.errors import CheckpointError, EngineError, NonFiniteError
 from zs_fast.learn.update import Updater
 from zs_fast.recipe_files import load_recipe
+from zs_fast.rollout.transformers_engine import TransformersEngine
 from zs_fast.system.checkpoint import CheckpointStore
 from zs_fast.system.signals import Interrupted, OrderlyStop
 from zs_fast.system.watchdog import Watchdog
@@ -206,3 +207,58 @@ def test_a_failing_disk_stops_the_run_after_the_budget_is_spent(whole_run, tmp_p
     failing.add(STEPS)
     with pytest.raises(CheckpointError):
         train(short_run(tmp_path / "last", **{"train.save_every": 0}))
+
+
+def child_that(deed, output: Path, **overrides: object) -> tuple[int, str, float]:
+    """(exit code, what it said, seconds from the deed on) of a run in a child whose engine does `deed` at its 20th
+    step."""
+    said, spoke = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(spoke, 2)
+            real, calls = TransformersEngine.step, iter(range(10**9))
+
+            def step(engine: TransformersEngine) -> object:
+                if next(calls) == 20:
+                    (output / "deed").touch()
+                    deed()
+                return real(engine)
+
+            TransformersEngine.step = step
+            train(short_run(output, **overrides))
+            os._exit(0)
+        except EngineError as error:
+            os.write(2, str(error).encode())
+            os._exit(error.exit_code)
+        except BaseException as error:
+            os.write(2, f"{type(error).__name__}: {error}".encode())
+            os._exit(99)
+    os.close(spoke)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    ended = time.time()
+    with os.fdopen(said, "rb") as file:
+        return code, file.read().decode(), ended - (output / "deed").stat().st_mtime
+
+
+def dies() -> None:
+    raise EngineError("the engine is gone")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("hangs", [lambda: time.sleep(600), lambda: threading.Event().wait()], ids=["sleeps", "waits"])
+def test_an_engine_that_hangs_ends_the_run_at_the_deadline_and_a_resume_ends_the_same(whole_run, tmp_path, hangs):
+    run, limit_s = tmp_path / "run", 10.0
+    code, said, seconds = child_that(hangs, run, **{"train.phase_timeout_s": limit_s})
+    assert code == 8 and "rollout showed no sign of life" in said
+    assert seconds < limit_s * 1.25 + 5.0
+    assert "test_orderly_stop.py" in (run / "stacks.txt").read_text()
+    ends_like(run, whole_run)
+
+
+@pytest.mark.full
+def test_an_engine_that_dies_ends_the_run_and_a_resume_ends_the_same(whole_run, tmp_path):
+    run = tmp_path / "run"
+    code, said, seconds = child_that(dies, run)
+    assert code == EngineError("").exit_code and "the engine is gone" in said and seconds < 5.0
+    ends_like(run, whole_run)

@@ -182,6 +182,11 @@ class Optimizer:
         masters = [master for name, master in self._masters.items() if name in self._copied]
         return [*masters, *(moment for master in self._masters.values() for moment in self._adamw.moments(master))]
 
+    def saved_bytes(self) -> int:
+        """Of `state_tensors` once all moments are there, without headers and step counts."""
+        moments = 2 if isinstance(self._adamw, AdamW8) else 8
+        return sum(p.numel() * (moments + 4 * (name in self._saved)) for name, p in self._parameters.items())
+
     def state_tensors(self) -> dict[str, Tensor]:
         """AdamW's step counts and moments by parameter name, and masters of narrower weights: what a resume needs.
 

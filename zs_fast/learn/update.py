@@ -163,6 +163,12 @@ class Updater:
         splits = self.micro_steps.splits + (self.critic.micro_steps.splits if self.critic is not None else 0)
         return {"update/oom_splits": float(splits), "score/oom_splits": float(self.roles.oom_splits)}
 
+    def saved_bytes(self) -> int:
+        """What a checkpoint holds, about: the trained weights of policy and critic, and their optimizers' state."""
+        optimizers = [self.optimizer, *([self.critic.optimizer] if self.critic is not None else [])]
+        weights = sum(p.numel() * p.element_size() for optimizer in optimizers for p in optimizer.trained())
+        return weights + sum(optimizer.saved_bytes() for optimizer in optimizers)
+
     def state_tensors(self) -> dict[str, Tensor]:
         """AdamW's moments and step counts (and float32 masters of narrower weights), by parameter name; the same of a
         critic, and its weights."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zs_fast.errors import CheckpointError, CheckpointUnusableError
+from zs_fast.errors import CheckpointError, CheckpointUnusableError, PreflightError
 from zs_fast.system.files import (
     FileOperations,
     discard,
@@ -132,6 +132,29 @@ class CheckpointStore:
             raise
         self._after_commit(step)
         return _load(self._path(step), step)
+
+    def check_room(self, checkpoint_bytes: int, saves: int) -> str:
+        """Room for this run's checkpoints, of about `checkpoint_bytes` each, `saves` more of them to come?
+
+        While one is written, those that are kept are still there. Returns a warning where that does not fit, an empty
+        string where it does. Raises PreflightError where not even one can be written beside the one before it.
+        """
+        held = sum(_size(path) for _, path in self._candidates())
+        existing = held // max(checkpoint_bytes, 1)
+        most = existing + saves if not self.keep else min(existing + saves, self.keep + 1)
+        needed = max(0, most * checkpoint_bytes - held)
+        least = max(0, min(2, most) * checkpoint_bytes - held)
+        free = free_bytes(self.folder)
+        if free >= needed:
+            return ""
+        told = (
+            f"The checkpoints of this run will need {format_bytes(needed)} in {self.folder} ({most} of "
+            f"{format_bytes(checkpoint_bytes)}, less what is there already), and {format_bytes(free)} are free. Make "
+            "room, lower train.keep_checkpoints or choose another --output."
+        )
+        if free < least:
+            raise PreflightError(told)
+        return told
 
     def newest(self) -> Checkpoint | None:
         """The checkpoint with the highest step that verifies, or None when there is none at all.
