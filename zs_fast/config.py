@@ -516,8 +516,8 @@ class EngineConfig(Section):
     slots: Positive = 64
     """Sequences decoded at once, per model; vLLM's max_num_seqs."""
     batch_invariant: bool | None = None
-    """A row's result does not depend on the other rows, bit for bit. Default: on for CPU, where it is the faster way too
-    (docs/profile.md), off elsewhere. Kind `transformers` only."""
+    """A row's result does not depend on the other rows, bit for bit. Default: on for CPU (the faster way there, see
+    docs/profile.md), off elsewhere. Kind `transformers` only."""
     kv_cache_gib: Annotated[float, Field(ge=0.0)] = 0.0
     """Memory for keys and values, per model (kind `vllm`). 0 takes what `slots` sequences of full length need."""
     release_kv: bool = False
