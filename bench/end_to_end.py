@@ -79,25 +79,33 @@ def main(words: Sequence[str]) -> dict[str, Any]:
     parser = Parser(prog="zs-fast bench end_to_end", add_help=False)
     parser.add_argument("--recipe", nargs="+", default=["quickstart"])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--trace", type=int, nargs="?", const=0)
+    parser.add_argument("--cold", action="store_true")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args(list(words))
-    return run(given.recipe, rounds=given.rounds, trace=given.trace, quick=given.quick)
+    return run(given.recipe, rounds=given.rounds, trace=given.trace, cold=given.cold, quick=given.quick)
 
 
 def run(
-    recipes: Sequence[str] = ("quickstart",), *, rounds: int = ROUNDS, trace: bool = False, quick: bool = False
+    recipes: Sequence[str] = ("quickstart",),
+    *,
+    rounds: int = ROUNDS,
+    trace: int | None = None,
+    cold: bool = False,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Take the recipe's first step in all ways, `rounds` times; print a table, write the JSON file, and return that.
 
-    trace: at the lengths of bench/traces/whole_step_16.json (step_trace.py). quick: few short trajectories, once, and
-    no file. Raises ConfigError for a recipe that one process can't play.
+    trace: at the lengths of that many questions of bench/traces/whole_step_16.json (step_trace.py); 0 takes all. cold:
+    without a step of each way to warm up, where steps take minutes. quick: few short trajectories, once, and no file.
+    Raises ConfigError for a recipe that one process can't play.
     """
     if rounds < 1:
         raise ConfigError(f"zs-fast bench end_to_end --rounds {rounds}: at least 1")
-    lengths = step_trace.read() if trace else None
-    if lengths is not None and quick:
-        lengths = replace(lengths, trajectories=lengths.trajectories[:GROUP_SIZE])
+    lengths = None if trace is None else step_trace.read()
+    if lengths is not None:
+        number = 1 if quick else trace or len(lengths.questions)
+        lengths = replace(lengths, trajectories=lengths.trajectories[: number * GROUP_SIZE])
     changes = {**PLAIN, **(QUICK if quick else {})}
     if lengths is not None:
         changes |= step_trace.OVERRIDES | {"train.questions_per_step": [str(len(lengths.questions))]}
@@ -110,13 +118,14 @@ def run(
         try:
             ceilings = measured_ceilings(stage, quick=quick)
             ways, absent = ways_of(stage)
-            taken = take_steps(stage, ways, rounds=1 if quick else rounds)
+            taken = take_steps(stage, ways, rounds=1 if quick else rounds, cold=cold)
         finally:
             stage.arena.close()
         summary = summarise(stage, recipes, changes, taken, ceilings) | {
             "absent": absent,
             "peers": peers.versions(),
-            "trace": str(step_trace.PATH.relative_to(ROOT)) if trace else None,
+            "trace": None if lengths is None else str(step_trace.PATH.relative_to(ROOT)),
+            "warmed_up": not cold,
         }
     print(table(summary))
     if not quick:

@@ -166,12 +166,12 @@ def _by_trl(peer: TrlPeer, stage: Stage, memory: Memory, updater: Updater) -> Pl
     return peer.step(memory)
 
 
-def take_steps(stage: Stage, ways: Mapping[str, Way], *, rounds: int) -> dict[str, list[Taken]]:
-    """All ways, once to warm up and then `rounds` times, in shuffled order. Raises PreflightError where they play
-    other trajectories or have other gradients, though nothing should make them."""
+def take_steps(stage: Stage, ways: Mapping[str, Way], *, rounds: int, cold: bool = False) -> dict[str, list[Taken]]:
+    """All ways, once to warm up (unless `cold`) and then `rounds` times, in shuffled order. Raises PreflightError where
+    they play other trajectories or have other gradients, though nothing should make them."""
     taken: dict[str, list[Taken]] = {name: [] for name in ways}
     order = random.Random(0)
-    for round_number in range(rounds + 1):
+    for round_number in range(1 if cold else 0, rounds + 1):
         for name in order.sample(list(ways), len(ways)):
             found = take_step(stage, ways[name])
             if round_number:

@@ -119,7 +119,7 @@ def test_trl_computes_contexts_again_and_pads(summary):
 def test_a_step_at_forced_lengths():
     trace = step_trace.read()
     assert trace == step_trace.make(), "python -m bench.step_trace writes it"
-    found = end_to_end.run(quick=True, trace=True)
+    found = end_to_end.run(quick=True, trace=0, cold=True)
     assert found["same_trajectories"] and set(found["ways"]) == {"ours", "reference_pattern", "trl", "trl_generate"}
     played = trace.trajectories[:4]
     for way in found["ways"].values():
