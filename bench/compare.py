@@ -285,6 +285,15 @@ def _steps(summary: Mapping[str, Any]) -> Iterator[tuple[Key, Figure]]:
                 yield ("end_to_end", way, name), Figure(Kind.COUNT, count, shape)
 
 
+def _points(summary: Mapping[str, Any]) -> Iterator[tuple[Key, Figure]]:
+    """Of `scaling`: each phase of each point."""
+    for one in summary["points"]:
+        name = f"{one['trajectories']} trajectories of {one['length']} tokens"
+        yield ("scaling", name, "measured_bytes"), Figure(Kind.MEMORY, one["measured_bytes"], name)
+        for phase, seconds in one["cpu_seconds"].items():
+            yield ("scaling", name, f"{phase}_cpu_seconds"), Figure(Kind.SPEED, seconds, name)
+
+
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[tuple[Key, Figure]]]] = {
     "ops": _timings,
     "train_step": _timings,
@@ -292,6 +301,7 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[tuple[Key, Figure]]
     "rollout": _schedules,
     "plan": _plans,
     "end_to_end": _steps,
+    "scaling": _points,
 }
 """Subject -> the figures of its files."""
 

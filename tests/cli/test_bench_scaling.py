@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from bench import scaling
+from bench import compare, scaling
 from zs_fast.errors import ConfigError
 from zs_fast.system.plan import plan_memory
 
@@ -44,6 +46,18 @@ def test_fits_and_verdicts():
     assert summary["fits"]["length, step"]["exponent"] == pytest.approx(1.5)
     met = [target["met"] for target in summary["targets"]]
     assert met == [True, False, True, True, True, True, False]
+
+
+def test_compare_reads_it(tmp_path):
+    points = [point(n, 100, float(n)) for n in (1, 2)]
+    summary = scaling.summarise(points) | {"time": "2026-01-01T00:00:00Z"}
+    slower = json.loads(json.dumps(summary))
+    slower["points"][1]["cpu_seconds"]["update"] *= 1.3
+    for name, content in (("base", summary), ("new", slower)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    found = compare.main([str(tmp_path / "new.json"), str(tmp_path / "base.json")])
+    worse = [(line["variant"], line["metric"]) for line in found["lines"] if line["verdict"] == "REGRESSION"]
+    assert worse == [("2 trajectories of 100 tokens", "update_cpu_seconds")]
 
 
 def test_unknown_words_are_refused():
