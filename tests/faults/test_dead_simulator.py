@@ -43,6 +43,7 @@ def run(server: FaultServer, output, mortal: Mortal, *, resume: bool = False) ->
         "simulator.kind": "openai",
         "simulator.url": f"{server.url}/v1",
         "simulator.max_retries": 1,
+        "simulator.max_failed_share": 0.0,
         "train.questions_per_step": 2,
         "train.group_size": 3,
         "engine.slots": 6,

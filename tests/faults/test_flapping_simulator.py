@@ -1,6 +1,6 @@
 """F42, F43: a simulator's server that fails three requests in ten changes no byte; one that comes back is not overrun.
 
-ZS_FAULT_TRIALS is the number of steps of the run behind the flapping server (10 without it), and that of the requests
+ZS_FAULT_TRIALS is the number of steps of the run behind the flapping server (6 without it), and that of the requests
 which wait for one to come back (300 without it).
 """
 
@@ -25,7 +25,7 @@ from zs_fast.search.backends.remote import RemoteSearch
 from zs_fast.train import train
 from zs_fast.types import FinishReason, Question, Role, Sampling, SearchRequest
 
-STEPS = int(os.environ.get("ZS_FAULT_TRIALS", "10"))
+STEPS = int(os.environ.get("ZS_FAULT_TRIALS", "6"))
 SEED = int(os.environ.get("ZS_FAULT_SEED", "0"))
 SHARE = 0.3
 

@@ -216,7 +216,7 @@ def child_that(deed, output: Path, **overrides: object) -> tuple[int, str, float
     child = os.fork()
     if child == 0:
         try:
-            os.dup2(spoke, 2)
+            sys.stderr = os.fdopen(spoke, "w")
             real, calls = TransformersEngine.step, iter(range(10**9))
 
             def step(engine: TransformersEngine) -> object:
@@ -229,10 +229,10 @@ def child_that(deed, output: Path, **overrides: object) -> tuple[int, str, float
             train(short_run(output, **overrides))
             os._exit(0)
         except EngineError as error:
-            os.write(2, str(error).encode())
+            print(error, file=sys.stderr, flush=True)
             os._exit(error.exit_code)
         except BaseException as error:
-            os.write(2, f"{type(error).__name__}: {error}".encode())
+            print(type(error).__name__, error, file=sys.stderr, flush=True)
             os._exit(99)
     os.close(spoke)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

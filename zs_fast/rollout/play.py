@@ -340,7 +340,9 @@ class Player:
         episode = playing.episode
         if episode.done:
             playing.group.num_unfinished -= 1
-            self._journal.record_end(self._key(playing, Role.POLICY))
+            if all(turn.search is None or not turn.search.failed for turn in episode.turns):
+                # Else the search is asked for again after an interruption, and the trajectory goes on from there.
+                self._journal.record_end(self._key(playing, Role.POLICY))
             self._tell(playing, Wait.OTHERS)
             self._engine.end(Role.POLICY, playing.cache_salt)
             return
