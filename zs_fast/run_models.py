@@ -5,17 +5,24 @@ Under an adapter they all stand on the policy's base; where all weights are trai
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zs_fast.config import RunConfig
+from zs_fast.errors import CheckpointUnusableError
 from zs_fast.learn.critic import Critic
 from zs_fast.models.load import DTYPES, LoadedModel, load_model, on_same_base, resolve_path
 from zs_fast.models.lora import adapter_rank, is_adapter_folder, load_adapter, read_adapter
 from zs_fast.ranks import in_pieces, loading_device
 from zs_fast.setup import load_served
+from zs_fast.system.checkpoint import Checkpoint
 from zs_fast.system.seeds import seed_for
 from zs_fast.types import Role
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def frozen_copy(config: RunConfig, policy: LoadedModel, device: Any) -> LoadedModel | None:
@@ -60,4 +67,27 @@ def load_policy_weights(policy: LoadedModel, folder: Path, config: RunConfig) ->
         load_adapter(policy.model, read_adapter(folder))
         return
     saved = load_model(folder, dtype=DTYPES[config.model.dtype], device=policy.model.device)
-    policy.model.load_state_dict(saved.model.state_dict())
+    try:
+        policy.model.load_state_dict(saved.model.state_dict())
+    except RuntimeError as error:
+        raise CheckpointUnusableError(
+            f"The weights in {folder} are of another shape than the model {policy.name!r} is now: {error}. Put back "
+            "the model that the run began with."
+        ) from error
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """16 hexadecimal digits of how text becomes ids: vocabulary, rules, added tokens, chat template."""
+    whole = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def check_same_tokenizer(checkpoint: Checkpoint, policy: LoadedModel) -> None:
+    """Return if the policy reads text as it did when the checkpoint was written, else CheckpointUnusableError."""
+    saved, now = checkpoint.state.get("tokenizer"), tokenizer_digest(policy.tokenizer)
+    if saved is not None and saved != now:
+        raise CheckpointUnusableError(
+            f"The tokenizer of {policy.name!r} is another one than in {checkpoint.path} (digest saved {saved}, now "
+            f"{now}): the same text would be other ids. Put back the tokenizer and chat template that the run began "
+            "with."
+        )

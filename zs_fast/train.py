@@ -48,7 +48,14 @@ from zs_fast.report.page import write_report
 from zs_fast.report.plots import reward_curve
 from zs_fast.rollout.engine import StepCounts
 from zs_fast.rollout.play import Player, Refill
-from zs_fast.run_models import critic_of, frozen_copy, load_policy_weights, reference_of
+from zs_fast.run_models import (
+    check_same_tokenizer,
+    critic_of,
+    frozen_copy,
+    load_policy_weights,
+    reference_of,
+    tokenizer_digest,
+)
 from zs_fast.run_numbers import jsonable, step_rates, summary_key
 from zs_fast.search.curriculum import noise_probability
 from zs_fast.search.data import QuestionOrder, load_questions
@@ -148,6 +155,9 @@ class _Run:
         device = use_device(config)
         planned = plan_line(config, str(device))
         self.policy = load_policy(config, device)
+        if checkpoint:
+            check_same_tokenizer(checkpoint, self.policy)
+        self.tokenizer_digest = tokenizer_digest(self.policy.tokenizer)
         frozen = frozen_copy(config, self.policy, device)
         journal = run_journal(config, output, on_cpu=device.type == "cpu", warn=self._note)
         self.journal = Journalled(journal, keeps_outcomes=config.train.max_staleness > 0)
@@ -433,6 +443,7 @@ class _Run:
             tensors=tensors,
             state={
                 "config": self.config.model_dump(mode="json"),
+                "tokenizer": self.tokenizer_digest,
                 "updater": self.updater.state(),
                 "evaluations": self.evaluations,
                 "evaluated_step": self.evaluated_step,

@@ -73,9 +73,13 @@ ROWS = {
     ),
     "F08": Row("pickles, header bombs", "never executed, little memory", (f"{CHECKPOINT} -k 'pickle or hostile'",)),
     "F09": Row(
-        "another config or number of processes",
+        "another config, model, tokenizer, dtype or number of processes",
         "one error with key, saved and current value; or resharded",
-        (f"{CHECKPOINT} -k 'config or key or refused or absent'", f"{RANKS} -k 'goes_on or go_on'"),
+        (
+            "tests/system/test_other_runs_checkpoints.py",
+            f"{CHECKPOINT} -k 'config or key or refused or absent'",
+            f"{RANKS} -k 'goes_on or go_on'",
+        ),
     ),
     "F10": Row(
         "two runs in one folder", "one winner; the other names host and pid", ("tests/system/test_lock.py -k wins",)
@@ -165,7 +169,7 @@ ROWS = {
     "F54": Row(
         "an engine that hangs or dies",
         "ended at the deadline, stacks kept",
-        (f"{STOPS} -k 'sign_of_life or engine_that'", "tests/rollout/test_shared_weights.py"),
+        (f"{STOPS} -k 'sign_of_life or engine_that'",),
     ),
     "F56": Row(
         "noise in the order of replies, hash seed, clock",
