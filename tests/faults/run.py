@@ -153,7 +153,11 @@ ROWS = {
         "refused before anything is sent; not followed; no key",
         ("tests/search/test_tls.py", f"{REMOTE} -k 'redirect or withheld'"),
     ),
-    "F50": Row("a rank dies", "all are gone, a resume ends the same", (f"{RANKS} -k 'killed_rank or fail_as_one'",)),
+    "F50": Row(
+        "a rank is killed, stopped, raises or leaves, in each of six phases",
+        "all are gone in time, a resume ends the same",
+        ("tests/system/test_ranks_that_fail.py", f"{RANKS} -k 'killed_rank or fail_as_one'"),
+    ),
     "F51": Row("out of memory in an update", "smaller micro batches on all ranks", ("tests/learn/test_micro_step.py",)),
     "F52": Row(
         "NaN and inf at nine places of a step, on any rank",
