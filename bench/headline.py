@@ -159,10 +159,10 @@ def page(found: Mapping[str, Any]) -> str:
         "",
     ]
     lines += [f"- {verdict(one, found['arms'][one], other, found['arms'][other])}" for one, other in PAIRS]
-    lines += ["", "| F1 gained, mean of the seeds | seconds a run |", "|---|---|"]
+    lines += ["", "| search in training | F1 gained, mean of the seeds | seconds a run |", "|---|---|---|"]
     for name, arm in found["arms"].items():
         gain = statistics.mean(run["f1"] - found["untrained_f1"][run["seed"]] for run in arm["runs"])
-        lines.append(f"| {name}: {gain:+.3f} | {statistics.mean(run['seconds'] for run in arm['runs']):.0f} |")
+        lines.append(f"| {name} | {gain:+.3f} | {statistics.mean(run['seconds'] for run in arm['runs']):.0f} |")
     lines += ["", "## The simulators", "", QUALITY]
     lines += [
         "| simulator | asked for | " + " | ".join(f"`{name}`" for name in MEASURES) + " |",

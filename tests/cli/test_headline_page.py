@@ -76,7 +76,7 @@ def test_the_page_says_what_the_runs_did(tmp_path, monkeypatch):
     text = headline.page(headline.collect(tmp_path, arms(tmp_path)))
     assert "fine-tuned less prompted: +0.500, 95 % interval over seeds +0.500 to +0.500: fine-tuned is better." in text
     assert "larger fine-tuned less fine-tuned: +0.020" in text and "no difference shown" in text
-    assert "| prompted | useful | 0.500 (0.400 to 0.600)" in text and "real retriever: +0.540" in text
+    assert "| prompted | useful | 0.500 (0.400 to 0.600)" in text and "| real retriever | +0.540 | 80 |" in text
 
 
 def test_every_arm_runs_in_a_folder_of_its_own(tmp_path):
