@@ -1,6 +1,6 @@
-// The pieces of a decoder's forward, a row (token) at a time; what they mean is in kernels/zs_kernels/decoder_rows.py.
-// A row's results are the same bits whatever rows come with it, on any number of threads: sums run over sixteen lanes in
-// one order, each lane by fused multiply-adds.
+// The pieces of a decoder's forward, a row (token) at a time; their meaning is in kernels/zs_kernels/decoder_rows.py.
+// A row's results are the same bits whatever rows come with it, on any number of threads: sums run over sixteen lanes
+// in one order, each lane by fused multiply-adds.
 #pragma once
 
 #include <cstdint>
@@ -102,7 +102,8 @@ constexpr int64_t kLinearRows = 512;          // rows at once, however short
 // Floats of scratch that `linear_rows` needs in each thread: two tiles of weights, partial sums, and the inputs.
 inline int64_t linear_scratch(const LinearRows& in) {
   const int64_t padded = (in.x.columns + 15) / 16 * 16;
-  return 2 * kLinearTile * padded + kLinearRows * kLinearTile * 16 + (kLinearInputs > 4 * padded ? kLinearInputs : 4 * padded);
+  const int64_t inputs = kLinearInputs > 4 * padded ? kLinearInputs : 4 * padded;
+  return 2 * kLinearTile * padded + kLinearRows * kLinearTile * 16 + inputs;
 }
 
 constexpr int64_t kDrawBlock = 1024;  // logits whose weights are summed together

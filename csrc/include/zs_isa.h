@@ -1,8 +1,8 @@
 // Picks, once, the widest instruction set that both this build and this processor have.
 // A source under csrc/cpu/simd is compiled per instruction set and puts its functions into `namespace zs::ZS_ISA`;
 // outside, ZS_CALL(f, arguments...) calls zs::avx512::f, zs::avx2::f or zs::base::f. ZS_KERNELS_ISA in the environment
-// (base, avx2, avx512) asks for a narrower one. avx512bf16 is avx512 with products of bfloat16 pairs, which round in a way
-// of their own: matrix products of bfloat16 have other last bits with it. All else is the same bits everywhere.
+// (base, avx2, avx512) asks for a narrower one. avx512bf16 is avx512 with products of bfloat16 pairs, which round in a
+// way of their own: linear_rows of bfloat16 has other last bits with it. All else is the same bits everywhere.
 #pragma once
 
 #include <cstdlib>

@@ -45,7 +45,8 @@ float* scratch(int64_t floats) {
   return memory.data() + (64 - at % 64) % 64 / sizeof(float);
 }
 
-void linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> gate, bool add, Tensor out) {
+void linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> gate, bool add,
+                 Tensor out) {
   const zs::RowMatrix target = matrix(out, x, "out");
   zs::LinearRows in{type_of(x), matrix(x, x, "x"), matrix(weight, x, "weight"), nullptr,
                     vector(bias, x, weight.size(0), "bias"), out.mutable_data_ptr(), target.stride, add};
@@ -180,8 +181,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(zs_native, library) {
   library.def("norm_rows(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()");
   library.def("silu_rows(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
   library.def(
-      "rotate_rows(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, "
-      "Tensor slots, Tensor positions, Tensor(b!) keys, Tensor(c!) values) -> ()");
+      "rotate_rows(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, "
+      "float eps, Tensor slots, Tensor positions, Tensor(b!) keys, Tensor(c!) values) -> ()");
   library.def(
       "attend_rows(Tensor q, Tensor keys, Tensor values, Tensor slots, Tensor positions, float scale, Tensor(a!) out) "
       "-> ()");

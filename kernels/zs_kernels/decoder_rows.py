@@ -11,8 +11,8 @@ M, T = rows; a slot holds the keys and values of one sequence. float32 or bfloat
 in draw_rows: float64), and 16-bit results are rounded where transformers' modules round them.
 
 The C++ operators give a row the same bits whatever rows come with it, in whatever order, on any number of threads and
-with AVX2 as with AVX-512; the references do not promise that of their products. `has_fast_rows` says whether the
-operators are there and worth taking.
+with AVX2 as with AVX-512 (but for bfloat16 products by avx512_bf16, whose last bits are their own); the references do
+not promise that of their products. `has_fast_rows` says whether the operators are there and worth taking.
 """
 
 from __future__ import annotations

@@ -79,7 +79,8 @@ void rotate_tokens(const RotateRows& in, int64_t first, int64_t last) {
     const T* v = static_cast<const T*>(in.v) + t * in.v_stride;
     for (int64_t h = 0; h < at.kv_heads; ++h) {
       const int64_t to = ((at.slots[t] * at.kv_heads + h) * at.capacity + position) * at.head_dim;
-      rotate(k + h * at.head_dim, static_cast<const T*>(in.k_norm), in.eps, cos, sin, half, static_cast<T*>(in.keys) + to);
+      rotate(k + h * at.head_dim, static_cast<const T*>(in.k_norm), in.eps, cos, sin, half,
+             static_cast<T*>(in.keys) + to);
       std::memcpy(static_cast<T*>(in.values) + to, v + h * at.head_dim, static_cast<size_t>(at.head_dim) * sizeof(T));
     }
   }
@@ -120,8 +121,8 @@ ZS_INLINE void score_keys(const T* query, const T* keys, int64_t head_dim, float
   }
 }
 
-// out = sum_j weights[j] values[j], over C vectors of the head. Eight sums are under way, so that none waits for itself:
-// of one head, those of every (8 / C)th key.
+// out = sum_j weights[j] values[j], over C vectors of the head. Eight sums are under way, so that none waits for
+// itself: those of every (8 / C)th key.
 template <class T, int C>
 ZS_INLINE void mix_values(const float* weights, const T* values, int64_t count, int64_t head_dim, float scale, T* out) {
   constexpr int kApart = 8 / C;
@@ -136,7 +137,8 @@ ZS_INLINE void mix_values(const float* weights, const T* values, int64_t count, 
     for (int u = 0; u < kApart; ++u) {
       const Floats weight = weights[j + u];
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) total[u][c] = fma(weight, load(values + (j + u) * head_dim + c * kLanes), total[u][c]);
+      for (int c = 0; c < C; ++c)
+        total[u][c] = fma(weight, load(values + (j + u) * head_dim + c * kLanes), total[u][c]);
     }
   }
   for (; j < count; ++j) {
@@ -255,9 +257,8 @@ void draw(const DrawRows& in, int64_t first, int64_t last, double* sums) {
           }
         }
       }
-      for (b = blocks - 1; likely < 0 && b >= 0; --b)
-        for (int64_t i = (b + 1) * kDrawBlock < vocabulary ? (b + 1) * kDrawBlock : vocabulary; likely < 0 && i-- > b * kDrawBlock;)
-          if ((exp(Floats(load_one(logits + i)) / temperature - top)).part[0][0] > 0.0f) likely = i;
+      for (int64_t i = vocabulary; likely < 0 && i-- > 0;)
+        if ((exp(Floats(load_one(logits + i)) / temperature - top)).part[0][0] > 0.0f) likely = i;
       id = likely;
     }
     in.ids[row] = id < 0 ? 0 : id;

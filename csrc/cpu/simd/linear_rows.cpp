@@ -1,8 +1,8 @@
-// Products of few rows with a weight matrix as it lies in memory, without packing it first: dot products along its rows.
-// A tile of rows x columns keeps one vector of sixteen partial sums for each of its results; four rows share each load
-// of a weight, six columns each load of an input. Of the weights a tile stays in the first cache while all rows pass by,
-// and the next one is fetched meanwhile. bfloat16 is multiplied in pairs where the processor does that, or else widened to
-// float on the way, once for each tile.
+// Products of few rows with a weight matrix as it lies in memory, without packing it first: dot products along its
+// rows. A tile of rows x columns keeps one vector of sixteen partial sums for each of its results; four rows share each
+// load of a weight, six columns each load of an input. Of the weights a tile stays in the first cache while all rows
+// pass by, and the next one is fetched meanwhile. bfloat16 is multiplied in pairs where the processor does that, else it
+// is widened to float on the way, once for each tile.
 #include "zs_decoder_rows.h"
 #include "zs_row_sums.h"
 
@@ -67,8 +67,8 @@ struct Stretch {
   bool first, last;
 };
 
-// sums[m, n] over a stretch of A columns at `a`, then as many of B columns at `b`; added to `partial` [sum, lane] unless
-// it is the first stretch, and left there unless it is the last.
+// sums[m, n] over a stretch of A columns at `a`, then of B columns at `b`; added to `partial` [sum, lane] unless it is
+// the first stretch, and left there unless it is the last.
 template <class E, int M, int A, int B>
 ZS_INLINE void tile(const E* x, int64_t x_stride, const E* a, const E* b, int64_t stride, Stretch stretch,
                     Ahead& ahead, float* partial, float* sums) {
