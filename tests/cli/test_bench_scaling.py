@@ -11,10 +11,15 @@ from zs_fast.errors import ConfigError
 from zs_fast.system.plan import plan_memory
 
 
-def point(trajectories: int, length: int, seconds: float, *, planned: int = 100) -> scaling.Point:
+def point(trajectories: int, length: int, seconds: float, *, planned: int = 100, work: float = 1.0) -> scaling.Point:
     phases = {phase: seconds for phase in ("rollout", "score", "update", "step")}
     return scaling.Point(
-        trajectories=trajectories, length=length, cpu_seconds=phases, measured_bytes=100, planned_bytes=planned
+        trajectories=trajectories,
+        length=length,
+        cpu_seconds=phases,
+        measured_bytes=100,
+        planned_bytes=planned,
+        needed_flop=float(trajectories * length) ** work,
     )
 
 
@@ -44,8 +49,17 @@ def test_fits_and_verdicts():
     assert line["fixed_seconds"] == pytest.approx(1.0) and line["seconds_per_token"] == pytest.approx(0.02)
     assert line["farthest"] == pytest.approx(0.0, abs=1e-9) and line["exponent"] < 1
     assert summary["fits"]["length, step"]["exponent"] == pytest.approx(1.5)
+    assert summary["fits"]["length, step"]["needed_exponent"] == pytest.approx(1.0)
     met = [target["met"] for target in summary["targets"]]
     assert met == [True, False, True, True, True, True, False]
+
+
+def test_time_may_grow_as_the_needed_operations_do():
+    first, grown = point(1, 100, 1.0, work=1.4), point(1, 400, 4.0**1.45, work=1.4)
+    (target, *_) = scaling.summarise([first, grown])["targets"]
+    assert target["met"] and target["measured"] == pytest.approx(1.45)
+    one, two, long = (scaling.needed_flop(*place) for place in ((1, 1), (2, 1), (1, 4)))
+    assert two == pytest.approx(2 * one) and 4 * one < long < 16 * one, "attention is quadratic"
 
 
 def test_compare_reads_it(tmp_path):
