@@ -1,14 +1,17 @@
 """Generated attacks: what a simulator or a policy may write can't move a mask, a reward or a token it should not.
 
-ZS_HYPOTHESIS_EXAMPLES sets the number of generated cases of each test (full tier: 50,000).
+ZS_HYPOTHESIS_EXAMPLES sets the number of generated cases of each property (full tier: 50,000). Hypothesis is thorough
+and slow; the batches below draw ZS_FAULT_TRIALS texts from the same fragments by Python's own generator.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import random
 import re
 import unicodedata
+from collections.abc import Callable
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -144,16 +147,11 @@ def looks_like_tags(text: str) -> list[str]:
     return re.findall(r"<[\s/]*(?:think|search|information|answer)\b", text, re.IGNORECASE)
 
 
-@many
-@given(
-    name=st.sampled_from(["qwen", "llama3", "smollm2", "gemma"]),
-    documents=hostile_documents,
-    searches=st.lists(st.sampled_from(SEARCHES), min_size=1, max_size=2),
-    last=st.sampled_from(LAST),
-    extra_room=st.integers(0, 300),
-)
-def test_hostile_documents_are_contained(family_codecs, name, documents, searches, last, extra_room) -> None:
-    codec = family_codecs[name]
+known: dict[tuple[object, ...], tuple[object, object]] = {}
+"""What games come to with harmless documents."""
+
+
+def check_documents(codec, name, documents, searches, last, extra_room) -> None:
     room = len(codec.encode_untrusted(observation(()))) + extra_room
     episode, contexts = play_marked(codec, searches, last, documents, room)
     trajectory = episode.trajectory()
@@ -169,9 +167,11 @@ def test_hostile_documents_are_contained(family_codecs, name, documents, searche
 
     # The reward is what it is with harmless documents, and with none.
     for harmless in (["A fact."], []):
-        other, _ = play_marked(codec, searches, last, harmless, room)
-        assert other.trajectory().scores == trajectory.scores
-        assert other.trajectory().stop_reason is trajectory.stop_reason
+        key = (name, *searches, last, room, *harmless)
+        if key not in known:
+            other = play_marked(codec, searches, last, harmless, room)[0].trajectory()
+            known[key] = other.scores, other.stop_reason
+        assert known[key] == (trajectory.scores, trajectory.stop_reason)
     assert math.isfinite(trajectory.reward) and 0.0 <= trajectory.reward <= 1.0
 
     for turn in trajectory.turns[:-1]:
@@ -188,6 +188,18 @@ def test_hostile_documents_are_contained(family_codecs, name, documents, searche
             assert len(looks_like_tags(view)) == 2
             assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", view)
             assert not any(string in view for string in codec.reserved_strings if string.isascii())
+
+
+@many
+@given(
+    name=st.sampled_from(["qwen", "llama3", "smollm2", "gemma"]),
+    documents=hostile_documents,
+    searches=st.lists(st.sampled_from(SEARCHES), min_size=1, max_size=2),
+    last=st.sampled_from(LAST),
+    extra_room=st.integers(0, 300),
+)
+def test_hostile_documents_are_contained(family_codecs, name, documents, searches, last, extra_room) -> None:
+    check_documents(family_codecs[name], name, documents, searches, last, extra_room)
 
 
 @many
@@ -229,28 +241,13 @@ def test_honest_documents_are_shown_to_the_byte(family_codecs, name, documents) 
     assert codec.decode(ids) == text
 
 
-@many
-@given(name=st.sampled_from(["qwen", "llama3", "smollm2", "gemma"]), data=st.data())
-def test_hostile_policy_text_has_a_meaning_and_a_score(families, family_codecs, name, data) -> None:
-    """Turns of hostile text, of random ids (unknown ones too), and of both: no exception, a score in [0, 1]."""
-    codec = family_codecs[name]
-    ids = st.lists(st.integers(0, codec.vocab_size + 3), max_size=30)
-    turns = data.draw(st.lists(hostile_text | st.sampled_from([*SEARCHES, *LAST]) | ids, min_size=1, max_size=4))
-    game = GameConfig(
-        max_turns=data.draw(st.integers(1, 4)),
-        max_new_tokens=data.draw(st.integers(1, 400)),
-        max_context_tokens=data.draw(st.integers(401, 3000)),
-    )
+def check_policy(codec, encode, turns, game, draw_documents) -> None:
     episode = Episode(QUESTION, sample=0, step=1, noise_probability=0.0, game=game, codec=codec)
     for turn in turns:
         if episode.done:
             break
         sampled = (
-            families.family(name)
-            .tokenizer.backend_tokenizer.encode(re.sub("[\ud800-\udfff]", "", turn), add_special_tokens=False)
-            .ids
-            if isinstance(turn, str)
-            else turn
+            encode(re.sub("[\ud800-\udfff]", "", turn), add_special_tokens=False).ids if isinstance(turn, str) else turn
         )
         limit = episode.max_new_tokens()
         finish = FinishReason.LENGTH if len(sampled) >= limit else FinishReason.STOP
@@ -263,8 +260,8 @@ def test_hostile_policy_text_has_a_meaning_and_a_score(families, family_codecs, 
         assert action == episode._turns[-1].action, "what was acted on is what is scored"
         if request is not None:
             assert 0 < len(request.query) <= game.max_query_characters and request.query == request.query.strip()
-            documents = data.draw(hostile_documents)
-            episode.on_search_result(SearchResult(request=request, documents=tuple(documents), mode=SearchMode.USEFUL))
+            documents = tuple(draw_documents())
+            episode.on_search_result(SearchResult(request=request, documents=documents, mode=SearchMode.USEFUL))
     if not episode.done:
         return
     trajectory = episode.trajectory()
@@ -276,3 +273,88 @@ def test_hostile_policy_text_has_a_meaning_and_a_score(families, family_codecs, 
         assert trajectory.reward == 0.0
     if trajectory.stop_reason is StopReason.LENGTH_LIMIT:
         assert trajectory.turns[-1].action == Invalid("no_action")
+
+
+@many
+@given(name=st.sampled_from(["qwen", "llama3", "smollm2", "gemma"]), data=st.data())
+def test_hostile_policy_text_has_a_meaning_and_a_score(families, family_codecs, name, data) -> None:
+    """Turns of hostile text, of random ids (unknown ones too), and of both: no exception, a score in [0, 1]."""
+    codec = family_codecs[name]
+    ids = st.lists(st.integers(0, codec.vocab_size + 3), max_size=30)
+    turns = data.draw(st.lists(hostile_text | st.sampled_from([*SEARCHES, *LAST]) | ids, min_size=1, max_size=4))
+    game = GameConfig(
+        max_turns=data.draw(st.integers(1, 4)),
+        max_new_tokens=data.draw(st.integers(1, 400)),
+        max_context_tokens=data.draw(st.integers(401, 3000)),
+    )
+    encode = families.family(name).tokenizer.backend_tokenizer.encode
+    check_policy(codec, encode, turns, game, lambda: data.draw(hostile_documents))
+
+
+BATCH = int(os.environ.get("ZS_FAULT_TRIALS", "300"))
+SEED = int(os.environ.get("ZS_FAULT_SEED", "0"))
+FAMILIES = ("qwen", "llama3", "smollm2", "gemma")
+FRAGMENTS = [*TAGS, *TAGS, *ODD_TAGS, *CONTROL, *PLAIN, *ADDED]
+
+
+class Draws(random.Random):
+    """Texts of the kinds that the strategies above give, a hundred times as fast."""
+
+    def fragment(self) -> str:
+        if self.random() < 0.85:
+            return self.choice(FRAGMENTS)
+        top = self.choice((0x7F, 0x7FF, 0xFFFF, 0x10FFFF))
+        return "".join(chr(self.randint(0, top)) for _ in range(self.randint(0, 8)))
+
+    def text(self) -> str:
+        pieces = [self.fragment() for _ in range(self.randint(0, 12))]
+        if pieces and self.random() < 0.02:
+            pieces[self.randrange(len(pieces))] *= self.randint(20, 400)
+        return "".join(pieces)
+
+    def documents(self) -> list[str]:
+        return [self.text() for _ in range(self.randint(0, 6))]
+
+
+def tried(check: Callable[[Draws], None]) -> int:
+    """`check` on BATCH draws, each from a seed of its own, which a failure names."""
+    for number in range(BATCH):
+        draws = Draws(f"{SEED} {number}")
+        try:
+            check(draws)
+        except Exception as error:
+            raise AssertionError(f"draw {number} of seed {SEED}") from error
+    return BATCH
+
+
+def test_a_batch_of_hostile_documents_is_contained(family_codecs, record_property) -> None:
+    def check(draws: Draws) -> None:
+        name, searches = draws.choice(FAMILIES), draws.choices(SEARCHES, k=draws.randint(1, 2))
+        room = draws.choice((0, 1, 7, 20, 60, 150, 300))
+        check_documents(family_codecs[name], name, draws.documents(), searches, draws.choice(LAST), room)
+
+    record_property("trials", tried(check))
+
+
+def test_a_batch_of_hostile_policy_texts_has_meanings_and_scores(families, family_codecs, record_property) -> None:
+    encoders = {name: families.family(name).tokenizer.backend_tokenizer.encode for name in FAMILIES}
+
+    def check(draws: Draws) -> None:
+        name = draws.choice(FAMILIES)
+        codec, turns = family_codecs[name], []
+        for _ in range(draws.randint(1, 4)):
+            kind = draws.random()
+            if kind < 0.5:
+                turns.append(draws.text())
+            elif kind < 0.75:
+                turns.append(draws.choice([*SEARCHES, *LAST]))
+            else:
+                turns.append([draws.randint(0, codec.vocab_size + 3) for _ in range(draws.randint(0, 30))])
+        game = GameConfig(
+            max_turns=draws.randint(1, 4),
+            max_new_tokens=draws.randint(1, 400),
+            max_context_tokens=draws.randint(401, 3000),
+        )
+        check_policy(codec, encoders[name], turns, game, draws.documents)
+
+    record_property("trials", tried(check))
