@@ -91,7 +91,6 @@ ROWS = {
         "the same questions in the same order, the same bytes",
         (
             "tests/search/test_question_order.py",
-            "tests/system/test_train_run.py -k resume_from_any",
             "tests/system/test_refill_run.py",
             "tests/system/test_metrics.py -k resume",
         ),
