@@ -17,7 +17,7 @@ from zs_fast.errors import SimulatorError
 from zs_fast.search.backends import transport
 from zs_fast.train import train
 
-STEPS = 4
+STEPS = 3
 
 
 class Mortal:

@@ -1,6 +1,6 @@
 """F53: a run takes no more memory, files and threads after thousands of steps than after a few.
 
-ZS_FAULT_TRIALS is the number of steps (30 without it: enough for files and threads, and for gross leaks of memory).
+ZS_FAULT_TRIALS is the number of steps (24 without it: enough for files and threads, and for gross leaks of memory).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.faults.toy import toy
 from zs_fast.system.metrics import RunLog
 from zs_fast.train import train
 
-STEPS = int(os.environ.get("ZS_FAULT_TRIALS", "30"))
+STEPS = int(os.environ.get("ZS_FAULT_TRIALS", "24"))
 LIMIT_KIB = 50.0
 """Of growth in a step."""
 NOISE_KIB = 8192.0
