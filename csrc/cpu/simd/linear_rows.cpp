@@ -1,8 +1,8 @@
 // Products of few rows with a weight matrix as it lies in memory, without packing it first: dot products along its
 // rows. A tile of rows x columns keeps one vector of sixteen partial sums for each of its results; four rows share each
 // load of a weight, six columns each load of an input. Of the weights a tile stays in the first cache while all rows
-// pass by, and the next one is fetched meanwhile. bfloat16 is multiplied in pairs where the processor does that, else it
-// is widened to float on the way, once for each tile.
+// pass by, and the next one is fetched meanwhile. bfloat16 is multiplied in pairs where the processor does that, or
+// widened to float on the way, once for each tile.
 #include "zs_decoder_rows.h"
 #include "zs_row_sums.h"
 
