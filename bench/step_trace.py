@@ -12,15 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
 from bench.rollout_trace import GROUP_SIZE, RUN_SEED, Trace, TraceEngine, load_trace, write_trace
 from zs_fast.config import RunConfig
-from zs_fast.models.load import LoadedModel
 from zs_fast.rollout.play import Player
 from zs_fast.search.simulator import SimulatedSearch
-from zs_fast.types import Trajectory
+from zs_fast.types import Role, Trajectory
 
 if TYPE_CHECKING:
     from bench.whole_step import Stage
@@ -78,20 +74,11 @@ class TracedEngine(TraceEngine):
         return getattr(self.engine, name)
 
 
-def without_an_end(loaded: LoadedModel) -> LoadedModel:
-    """The same weights with as many tokens, none of which ends a text when it is sampled."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    alphabet += [f"<{number}>" for number in range(len(alphabet), len(loaded.tokenizer))]
-    tokenizer = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    loaded.model.generation_config.eos_token_id = None
-    return replace(loaded, tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer))
-
-
 def on_trace(stage: Stage, trace: Trace) -> Stage:
     """The stage's engine under the trace, and players of its lengths."""
     config: RunConfig = stage.config
+    for role in (Role.POLICY, Role.SIMULATOR):
+        stage.arena.engine.eos_ids(role).clear()  # type: ignore[attr-defined]  # no token that is sampled ends a text
     engine: Any = TracedEngine(stage.arena.engine, trace, steps=1)
     search = SimulatedSearch(engine, engine.simulator_codec, config.simulator, run_seed=RUN_SEED)
     player = Player(

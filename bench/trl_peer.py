@@ -202,7 +202,7 @@ class TrlPeer:
             trainer = trl.GRPOTrainer(
                 model=model,
                 args=self._settings(folder, number),
-                processing_class=stage.tokenizer,
+                processing_class=stage.policy.tokenizer,
                 train_dataset=self._data(),
                 reward_funcs=_reward_of_the_game,
                 rollout_func=lambda prompts, trainer: self._play(trainer, forced, groups, counts),

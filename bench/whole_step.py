@@ -52,8 +52,6 @@ class Stage:
     noise: float
     start: dict[str, Tensor]
     """The trained weights as they were loaded."""
-    tokenizer: Any
-    """The policy's own."""
     speaker: SimulatorCodec | None = None
     """How the simulator is spoken with where its tokenizer is not."""
 
@@ -123,10 +121,6 @@ def build(config: RunConfig, trace: Trace | None = None) -> Stage:
     device = use_device(config)
     policy = load_policy(config, device)
     frozen = frozen_copy(config, policy, device)
-    tokenizer = policy.tokenizer
-    if trace is not None:
-        policy = step_trace.without_an_end(policy)
-        frozen = frozen and step_trace.without_an_end(frozen)
     arena = build_arena(config, policy, device=device, base=frozen)
     roles = Roles(
         policy=policy,
@@ -143,7 +137,6 @@ def build(config: RunConfig, trace: Trace | None = None) -> Stage:
         questions=list(questions),
         noise=noise_probability(1, config.curriculum, config.train.steps),
         start={},
-        tokenizer=tokenizer,
     )
     stage = replace(stage, start={name: tensor.detach().clone() for name, tensor in stage.trained.items()})
     return stage if trace is None else step_trace.on_trace(stage, trace)
