@@ -88,7 +88,7 @@ def test_a_run_holds_no_more_after_many_steps(tmp_path, record_property):
 
 @pytest.mark.parametrize("grows", Held._fields)
 def test_a_leak_would_be_found(grows):
-    step = {"resident_kib": 100 if STEPS >= 500 else 2000, "files": 1, "threads": 1}[grows]
+    step = {"resident_kib": 100 if STEPS >= 500 else 4000, "files": 1, "threads": 1}[grows]
     flat = Held(500_000, 20, 5)
     samples = [flat._replace(**{grows: getattr(flat, grows) + step * number}) for number in range(STEPS)]
     assert leaks([flat] * STEPS) == [] and len(leaks(samples)) == 1
