@@ -10,9 +10,10 @@ import numpy
 
 from zs_fast.config import Bm25Config
 from zs_fast.errors import PreflightError
+from zs_fast.search.backends.in_process import InProcessSearch
 from zs_fast.search.backends.passages import Passage
 from zs_fast.search.reward import contains_answer
-from zs_fast.types import Completion, SearchMode, SearchRequest, SearchResult
+from zs_fast.types import SearchMode, SearchRequest, SearchResult
 
 
 class Bm25Index:
@@ -62,33 +63,21 @@ class Bm25Index:
         return [(int(position), float(scores[position])) for position in ranked]
 
 
-class Bm25Search:
+class Bm25Search(InProcessSearch):
     """A search backend over the documents of a `Bm25Index`: every query is answered at the next `poll`.
 
     `passages` are what is shown, in the order of the index. Several backends may share one index.
     """
 
     def __init__(self, passages: Sequence[str], *, documents: int, index: Bm25Index | None = None) -> None:
+        super().__init__()
         self._passages = passages
         self._documents = documents
         self._index = index or Bm25Index(passages)
-        self._waiting: list[SearchRequest] = []
-
-    def submit(self, request: SearchRequest) -> None:
-        self._waiting.append(request)
-
-    def deliver(self, completion: Completion) -> None:
-        raise AssertionError(f"BM25 asks no model, yet a completion of role {completion.role} came back")
-
-    def cancel(self) -> None:
-        self._waiting = []
-
-    def recall(self, results: Sequence[SearchResult]) -> None:
-        pass
 
     def poll(self) -> list[SearchResult]:
         """The top passages of every waiting query, best first; the first passages for a query without words."""
-        requests, self._waiting = self._waiting, []
+        requests = self._take_waiting()
         found = self._index.search([request.query for request in requests], self._documents)
         return [
             self._result(request, [position for position, _ in ranked])

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from zs_fast.errors import SimulatorError
+from zs_fast.search.backends.in_process import InProcessSearch
 from zs_fast.search.reward import contains_answer
-from zs_fast.types import Completion, SearchMode, SearchRequest, SearchResult
+from zs_fast.types import SearchMode, SearchRequest, SearchResult
 
 SearchFunction = Callable[[list[str], int], Sequence[Sequence[str]]]
 """(queries, documents per query) -> the documents of each query, best first."""
 
 
-class FunctionSearch:
+class FunctionSearch(InProcessSearch):
     """A search backend over `function`, which is called at `poll` with all queries that wait; play waits for it.
 
     It sees queries, never a question or its answers. Where it raises SimulatorError these searches have failed, as with
@@ -21,26 +22,14 @@ class FunctionSearch:
     """
 
     def __init__(self, function: SearchFunction, *, documents: int, name: str = "function") -> None:
+        super().__init__()
         self._function = function
         self._documents = documents
         self._name = name
-        self._waiting: list[SearchRequest] = []
-
-    def submit(self, request: SearchRequest) -> None:
-        self._waiting.append(request)
-
-    def deliver(self, completion: Completion) -> None:
-        raise AssertionError(f"a function asks no model, yet a completion of role {completion.role} came back")
-
-    def cancel(self) -> None:
-        self._waiting = []
-
-    def recall(self, results: Sequence[SearchResult]) -> None:
-        pass
 
     def poll(self) -> list[SearchResult]:
         """The documents of every waiting query, cut to the number asked for."""
-        requests, self._waiting = self._waiting, []
+        requests = self._take_waiting()
         if not requests:
             return []
         try:
