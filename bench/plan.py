@@ -7,11 +7,7 @@ steps, and reports the most it held above that, loading included.
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,27 +16,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bench.child import ROOT, held_at_start, report_of
 from bench.results import write_results
 from zs_fast.config import RunConfig
-from zs_fast.errors import ConfigError, PreflightError
+from zs_fast.errors import ConfigError
 from zs_fast.recipe_files import load_recipe
 from zs_fast.system.environment import environment
 from zs_fast.system.plan import plan_memory
 
-ROOT = Path(__file__).resolve().parent.parent
 WITHIN = 0.15
 """How far the plan may be from what was measured, as a share of that."""
-IMPORTED_LATE = (
-    "bm25s",
-    "gguf",
-    "matplotlib.pyplot",
-    "torch._dynamo",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.qwen2.modeling_qwen2",
-    "transformers.modeling_gguf_pytorch_utils",
-)
-"""What a run imports only when it comes to it."""
-RUN_LIMIT_S = 1800.0
 
 SMOLLM2 = {
     "data": ["quickstart:train"],
@@ -119,21 +104,7 @@ def compare(setup: str) -> Compared:
     with tempfile.TemporaryDirectory(prefix="zs_fast_plan_") as folder:
         config = config_of(setup, Path(folder) / "run")
         plan = plan_memory(config)
-        report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "bench.plan", setup, str(Path(folder) / "run"), str(report)]
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": paths},
-            capture_output=True,
-            text=True,
-            timeout=RUN_LIMIT_S,
-            check=False,
-        )
-        if done.returncode:
-            raise PreflightError(f"bench plan: {setup} failed ({done.returncode}): {done.stderr.strip()[-2000:]}")
-        measured = json.loads(report.read_text(encoding="utf-8"))
+        measured = report_of("bench.plan", setup, str(config.output), what=f"bench plan: {setup}")
     return Compared(
         setup=setup,
         planned_bytes=plan.peak_bytes,
@@ -146,24 +117,12 @@ def compare(setup: str) -> Compared:
 
 def run_child(setup: str, output: Path, report: Path) -> None:
     """The process that is measured: everything imported, then the run; the most held in each phase above that."""
-    import gc
     import time
-
-    import torch
 
     from zs_fast.system import memory
     from zs_fast.train import train
-    from zs_kernels._device import native_status
 
-    for name in IMPORTED_LATE:
-        if importlib.util.find_spec(name.partition(".")[0]) is not None:
-            importlib.import_module(name)
-    native_status()
-    torch.ones(64, 64, requires_grad=True).mm(torch.ones(64, 64)).sum().backward()  # starts threads, loads the BLAS
-    gc.collect()
-    memory.return_freed_memory()
-    memory.reset_peak_rss()
-    before = memory.peak_rss_bytes()
+    before = held_at_start()
     before_first_phase: list[int] = []
     reset = memory.reset_peak_rss
 

@@ -10,16 +10,10 @@ says.
 from __future__ import annotations
 
 import argparse
-import gc
-import importlib
-import importlib.util
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -27,16 +21,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bench import step_trace
-from bench.ops import ROOT, one_thread
-from bench.plan import IMPORTED_LATE
+from bench.child import ROOT, held_at_start, report_of
+from bench.ops import one_thread
 from bench.results import verdict_lines, write_results
 from bench.rollout_trace import GROUP_SIZE, Trace
 from zs_fast.config import RunConfig
-from zs_fast.errors import ConfigError, PreflightError
+from zs_fast.errors import ConfigError
 from zs_fast.recipe_files import load_recipe
 from zs_fast.system.environment import environment
 from zs_fast.system.hardware import Hardware
-from zs_fast.system.memory import Phase, peak_rss_bytes, reset_peak_rss, return_freed_memory
+from zs_fast.system.memory import Phase, peak_rss_bytes
 from zs_fast.system.plan import Lengths, plan_memory
 from zs_fast.system.plan_times import Workload, phase_floors
 
@@ -50,7 +44,6 @@ MARGIN = 0.1
 without: those grow in a line with the trajectories, and faster with their length, by the attention."""
 WITHIN = 0.15
 """How far the plan may be from what was held, as a share of that."""
-LIMIT_S = 1800.0
 COMPUTING = (Phase.ROLLOUT, Phase.SCORE, Phase.UPDATE)
 
 
@@ -165,21 +158,8 @@ def needed_flop(times: int, longer: int) -> float:
 def measured(times: int, longer: int, *, rounds: int) -> Point:
     """One point, in a process of its own. Raises PreflightError where that fails."""
     lengths = lengths_of(longer)
-    with tempfile.TemporaryDirectory(prefix="zs_fast_scaling_") as folder:
-        report = Path(folder) / "report.json"
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.scaling", str(times), str(longer), str(rounds), str(report)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": paths},
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_S,
-            check=False,
-        )
-        if done.returncode:
-            raise PreflightError(f"bench scaling: x{times}, length x{longer} failed: {done.stderr.strip()[-2000:]}")
-        found = json.loads(report.read_text(encoding="utf-8"))
+    what = f"bench scaling: x{times}, length x{longer}"
+    found = report_of("bench.scaling", str(times), str(longer), str(rounds), what=what)
     return Point(
         trajectories=TRAJECTORIES * times,
         length=lengths.trajectory,
@@ -192,20 +172,9 @@ def measured(times: int, longer: int, *, rounds: int) -> Point:
 
 def run_child(times: int, longer: int, rounds: int, report: Path) -> None:
     """The process that is measured."""
-    import torch
-
     from bench.whole_step import build, our_step, phase_seconds, step_seconds, take_step
-    from zs_kernels._device import native_status
 
-    for name in IMPORTED_LATE:
-        if importlib.util.find_spec(name.partition(".")[0]) is not None:
-            importlib.import_module(name)
-    native_status()
-    torch.ones(64, 64, requires_grad=True).mm(torch.ones(64, 64)).sum().backward()  # starts threads, loads the BLAS
-    gc.collect()
-    return_freed_memory()
-    reset_peak_rss()
-    before = peak_rss_bytes()
+    before = held_at_start()
     with one_thread("cpu"):
         stage = build(config_of(times, longer), trace_of(times, longer))
         peaks = [peak_rss_bytes()]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.ops.instruction_sets import printed_by_each
 from zs_kernels import native_status, use_backend
 from zs_kernels.decoder_rows import (
     attend_rows,
@@ -244,15 +242,7 @@ for dtype in DTYPES:
 
 
 def test_every_instruction_set_gives_the_same_bits():
-    script = DIGESTS.format(folder=str(Path(__file__).parent))
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", script],
-            env={**os.environ, "ZS_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            capture_output=True, text=True, check=True, timeout=300,
-        ).stdout
-        for isa in ("base", "avx2", "avx512")
-    ]  # fmt: skip
+    outputs = printed_by_each(DIGESTS.format(folder=str(Path(__file__).parent)))
     assert outputs[0].count("\n") == 12
     assert outputs[0].splitlines() == outputs[1].splitlines() == outputs[2].splitlines()
 

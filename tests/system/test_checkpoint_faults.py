@@ -194,16 +194,6 @@ class Scene:
 SCENES = ("first", "with_retention", "same_step_again", "same_step_damaged")
 
 
-@pytest.fixture(scope="module")
-def memory_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder on a file system in memory where there is one: thousands of small files are made and removed."""
-    if os.access("/dev/shm", os.W_OK):
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-            yield Path(folder)
-    else:
-        yield tmp_path_factory.mktemp("faults")
-
-
 @pytest.fixture
 def scratch(memory_disk: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=memory_disk) as folder:

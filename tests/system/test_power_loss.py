@@ -251,15 +251,6 @@ def record(root: Path, syncs: Callable[[Path], bool] = lambda path: True) -> Rec
     return Recording(root, files.operations, saves)
 
 
-@pytest.fixture(scope="module")
-def memory_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    if os.access("/dev/shm", os.W_OK):
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-            yield Path(folder)
-    else:
-        yield tmp_path_factory.mktemp("power_loss")
-
-
 def trouble(recording: Recording, cut: int, folder: Path) -> str:
     """What is wrong with the folder found after a cut before operation number `cut`; empty: nothing."""
     run = folder / "runs" / "run"
