@@ -94,16 +94,19 @@ struct DrawRows {
   float* logprobs;
 };
 
-constexpr int64_t kLinearTile = 6;            // columns of a step of `linear_rows`; half as many with a gate
+constexpr int64_t kLinearTile = 6;            // most columns of a step of `linear_rows`; half as many with a gate
 constexpr int64_t kLinearInputs = 96 * 1024;  // floats of inputs that stay in the second cache while weights pass by
 
 constexpr int64_t kLinearRows = 512;          // rows at once, however short
+
+// A vector of sums for each result of a tile and all rows, and what of it comes out.
+constexpr int64_t kLinearPartials = kLinearRows * kLinearTile * 16 + 2 * (kLinearRows * kLinearTile + 16);
 
 // Floats of scratch that `linear_rows` needs in each thread: two tiles of weights, partial sums, and the inputs.
 inline int64_t linear_scratch(const LinearRows& in) {
   const int64_t padded = (in.x.columns + 15) / 16 * 16;
   const int64_t inputs = kLinearInputs > 4 * padded ? kLinearInputs : 4 * padded;
-  return 2 * kLinearTile * padded + kLinearRows * kLinearTile * 16 + inputs;
+  return 2 * kLinearTile * padded + kLinearPartials + inputs;
 }
 
 constexpr int64_t kDrawBlock = 1024;  // logits whose weights are summed together
