@@ -23,7 +23,7 @@ from bench import peers, step_trace, usage
 from bench.harness import spread_of
 from bench.ops import ROOT, one_thread
 from bench.results import verdict_lines, write_results
-from bench.rollout_trace import GROUP_SIZE
+from bench.rollout_trace import Trace
 from bench.turns import REFERENCE_CALLS
 from bench.whole_step import (
     OURS,
@@ -79,42 +79,40 @@ def main(words: Sequence[str]) -> dict[str, Any]:
     parser = Parser(prog="zs-fast bench end_to_end", add_help=False)
     parser.add_argument("--recipe", nargs="+", default=["quickstart"])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--trace", type=int, nargs="?", const=0)
+    parser.add_argument("--trace", nargs="?", const=step_trace.SHORT)
+    parser.add_argument("--questions", type=int)
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args(list(words))
-    return run(given.recipe, rounds=given.rounds, trace=given.trace, cold=given.cold, quick=given.quick)
+    if given.questions is not None and given.trace is None:
+        raise ConfigError("zs-fast bench end_to_end --questions: takes that many of a trace; give --trace with it.")
+    trace = None if given.trace is None else step_trace.read(given.trace, given.questions)
+    return run(given.recipe, rounds=given.rounds, trace=trace, cold=given.cold, quick=given.quick)
 
 
 def run(
     recipes: Sequence[str] = ("quickstart",),
     *,
     rounds: int = ROUNDS,
-    trace: int | None = None,
+    trace: Trace | None = None,
     cold: bool = False,
     quick: bool = False,
 ) -> dict[str, Any]:
     """Take the recipe's first step in all ways, `rounds` times; print a table, write the JSON file, and return that.
 
-    trace: at the lengths of that many questions of bench/traces/whole_step_16.json (step_trace.py); 0 takes all. cold:
-    without a step of each way to warm up, where steps take minutes. quick: few short trajectories, once, and no file.
+    trace: at its lengths (step_trace.py). cold: without a step of each way to warm up, where steps take minutes. quick:
+    few short trajectories, once, and no file.
     Raises ConfigError for a recipe that one process can't play.
     """
     if rounds < 1:
         raise ConfigError(f"zs-fast bench end_to_end --rounds {rounds}: at least 1")
-    lengths = None if trace is None else step_trace.read()
-    if lengths is not None:
-        number = 1 if quick else trace or len(lengths.questions)
-        lengths = replace(lengths, trajectories=lengths.trajectories[: number * GROUP_SIZE])
-    changes = {**PLAIN, **(QUICK if quick else {})}
-    if lengths is not None:
-        changes |= step_trace.OVERRIDES | {"train.questions_per_step": [str(len(lengths.questions))]}
+    changes = {**PLAIN, **(QUICK if quick else {}), **(step_trace.overrides(trace) if trace is not None else {})}
     config = load_recipe(recipes, changes)
     kind = "cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu"
     if kind == "cpu":
         config = config.model_copy(update={"threads": 1})
     with one_thread(kind):
-        stage = build(config, lengths)
+        stage = build(config, trace)
         try:
             ceilings = measured_ceilings(stage, quick=quick)
             ways, absent = ways_of(stage)
@@ -124,7 +122,7 @@ def run(
         summary = summarise(stage, recipes, changes, taken, ceilings) | {
             "absent": absent,
             "peers": peers.versions(),
-            "trace": None if lengths is None else str(step_trace.PATH.relative_to(ROOT)),
+            "trace": None if trace is None else trace.about,
             "warmed_up": not cold,
         }
     print(table(summary))

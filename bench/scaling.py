@@ -113,18 +113,12 @@ def trace_of(times: int, longer: int) -> Trace:
 
 def config_of(times: int, longer: int) -> RunConfig:
     """The quickstart with room for these lengths."""
-    trajectories = TRAJECTORIES * times
-    changes = step_trace.OVERRIDES | {
+    changes = step_trace.overrides(trace_of(times, longer)) | {
         "threads": ["1"],
         "model.device": ["cpu"],
         "eval.data": [""],
-        "train.questions_per_step": [str(trajectories // GROUP_SIZE)],
-        "engine.slots": [str(trajectories)],
-        "game.max_turns": ["2"],
-        "game.max_new_tokens": [str(ACTION * longer)],
-        "game.max_observation_tokens": [str(DOCUMENTS * longer)],
+        "engine.slots": [str(TRAJECTORIES * times)],
         "game.max_context_tokens": [str(256 * longer)],
-        "simulator.max_new_tokens": [str(DOCUMENTS * longer)],
     }
     return load_recipe(["quickstart"], changes)
 

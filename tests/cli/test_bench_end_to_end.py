@@ -116,16 +116,30 @@ def test_trl_computes_contexts_again_and_pads(summary):
 
 @has_trl
 @pytest.mark.full
-def test_a_step_at_forced_lengths():
-    trace = step_trace.read()
-    assert trace == step_trace.make(), "python -m bench.step_trace writes it"
-    found = end_to_end.run(quick=True, trace=0, cold=True)
+@pytest.mark.parametrize("name", ["whole_step_16", "heavy_tailed_64"])
+def test_a_step_at_forced_lengths(name):
+    assert step_trace.read() == step_trace.make(), "python -m bench.step_trace writes it"
+    trace = step_trace.read(name, questions=1)
+    found = end_to_end.run(quick=True, trace=trace, cold=True)
     assert found["same_trajectories"] and set(found["ways"]) == {"ours", "reference_pattern", "trl", "trl_generate"}
-    played = trace.trajectories[:4]
+    played = trace.trajectories
     for way in found["ways"].values():
         assert way["counts"]["policy/decode_tokens"] == sum(sum(lengths[::2]) for lengths in played)
         assert way["counts"]["simulator/decode_tokens"] == sum(sum(lengths[1::2]) for lengths in played)
     assert found["workload"]["documents"] == sum(sum(lengths[1::2]) for lengths in played) / len(played)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--trace", "whole"], r"no trace 'whole' in .*; there are heavy_tailed_64, whole_step_16"),
+        (["--trace", "whole_step_16", "--questions", "5"], "--questions 5: trace whole_step_16 has 4"),
+        (["--questions", "1"], "give --trace with it"),
+    ],
+)
+def test_a_trace_that_is_not_there(words, says):
+    with pytest.raises(ConfigError, match=says):
+        end_to_end.main(words)
 
 
 def test_another_gradient_is_not_timed():
