@@ -155,6 +155,7 @@ def workload(stage: Stage, taken: Taken) -> Workload:
         written=mean([one.num_action_tokens for one in trajectories]),
         documents=mean([one.num_observation_tokens for one in trajectories]),
         context=mean([one.num_tokens for one in trajectories]),
+        # What was computed of them: beginnings that prompts have in common count once.
         asked=taken.counts.get("simulator/prefill_tokens", 0.0) / max(1, calls),
         answered=sum(search.num_generated_tokens for search in searches) / max(1, calls),
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -23,7 +24,7 @@ from bench import generate
 from bench.ops import ROOT, one_thread
 from bench.results import verdict_lines, write_results
 from bench.rollout_trace import GROUP_SIZE, RUN_SEED, Trace, TraceEngine, load_trace
-from bench.turns import REFERENCE_CALLS, TurnGame
+from bench.turns import REFERENCE_CALLS, TurnGame, computed_apart
 from zs_fast.config import GameConfig, SamplingConfig, SimulatorConfig
 from zs_fast.errors import ConfigError
 from zs_fast.models.load import LoadedModel
@@ -166,9 +167,10 @@ def _in_turns(stage: _Stage, *, calls: int | None, keep_prefix: bool) -> Result:
         calls=calls,
         keep_prefix=keep_prefix,
     )
-    while game.live:
-        game.act()
-        game.search()
+    with nullcontext() if keep_prefix else computed_apart(stage.engine):
+        while game.live:
+            game.act()
+            game.search()
     return _result(stage, before, stage.counted(), steps=1)
 
 

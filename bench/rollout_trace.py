@@ -49,10 +49,11 @@ class Trace:
 
     @property
     def least_prefill(self) -> tuple[int, int]:
-        """Prompt tokens of (policy, simulator) that no way can do without: each once, and with every observation the
-        last sampled token before it, which no forward has seen yet."""
-        policy = sum(self.prompt_tokens + sum(n + 1 for n in lengths[1::2]) for lengths in self.trajectories)
-        return policy, self.num_searches * self.simulator_prompt_tokens
+        """Prompt tokens of (policy, simulator) that no way can do without: a question's prompt once, its last token for
+        each sample, and with every observation the last sampled token before it, which no forward has seen yet."""
+        observed = sum(n + 1 for lengths in self.trajectories for n in lengths[1::2])
+        prompts = len(self.questions) * (self.prompt_tokens - 1) + len(self.trajectories)
+        return prompts + observed, self.num_searches * self.simulator_prompt_tokens
 
     @property
     def questions(self) -> list[Question]:

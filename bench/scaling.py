@@ -24,7 +24,7 @@ from bench import step_trace
 from bench.child import ROOT, held_at_start, report_of
 from bench.ops import one_thread
 from bench.results import verdict_lines, write_results
-from bench.rollout_trace import GROUP_SIZE, Trace
+from bench.rollout_trace import Trace
 from zs_fast.config import RunConfig
 from zs_fast.errors import ConfigError
 from zs_fast.recipe_files import load_recipe

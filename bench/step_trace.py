@@ -69,7 +69,7 @@ def make(seed: int = 0, trajectories: int = 16) -> Trace:
 
 
 def read(name: str = SHORT, questions: int | None = None) -> Trace:
-    """The committed trace of that name; of its questions the first ones. Raises ConfigError for one that is not there."""
+    """A committed trace by its name; of its questions the first ones. Raises ConfigError for one that is not there."""
     path = FOLDER / f"{name}.json"
     known = sorted(
         file.stem for file in FOLDER.glob("*.json") if "prompt_tokens" in json.loads(file.read_text(encoding="utf-8"))

@@ -6,10 +6,13 @@ All trajectories write an action, then all searches are answered, at most `calls
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from zs_fast.config import GameConfig, SamplingConfig
 from zs_fast.rollout.engine import Engine
+from zs_fast.rollout.transformers_engine import TransformersEngine
 from zs_fast.search.backends import SearchBackend
 from zs_fast.search.codec import AnyCodec
 from zs_fast.search.environment import Episode
@@ -19,6 +22,21 @@ from zs_fast.types import Group, Question, Role, Sampling, SearchRequest, StopRe
 
 REFERENCE_CALLS = 10
 """Simulator calls that ZeroSearch's code has under way at once."""
+
+
+@contextmanager
+def computed_apart(engine: Any) -> Iterator[None]:
+    """In the block no prompt is computed for another that begins alike, as in the reference, whose vLLM has no prefix
+    cache. The embedded engine's alone: another one stays as it is."""
+    engine = getattr(engine, "engine", engine)
+    if not isinstance(engine, TransformersEngine):
+        yield
+        return
+    engine.share_prefixes(False)
+    try:
+        yield
+    finally:
+        engine.share_prefixes(True)
 
 
 class TurnGame:

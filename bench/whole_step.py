@@ -15,7 +15,7 @@ from torch import Tensor
 from bench import step_trace, trl_peer
 from bench.rollout_trace import Trace
 from bench.trl_peer import TrlPeer
-from bench.turns import TurnGame
+from bench.turns import TurnGame, computed_apart
 from zs_fast.config import RunConfig
 from zs_fast.errors import ConfigError, PreflightError
 from zs_fast.learn.algorithms import credit
@@ -226,6 +226,11 @@ def our_step(stage: Stage, memory: Memory, updater: Updater) -> Played:
 
 def reference_step(stage: Stage, memory: Memory, updater: Updater) -> Played:
     """The reference's pattern; its repeated scoring counts as such, whenever it happens."""
+    with computed_apart(stage.arena.engine):
+        return _in_turns(stage, memory, updater)
+
+
+def _in_turns(stage: Stage, memory: Memory, updater: Updater) -> Played:
     config = stage.config
     with memory.phase(Phase.ROLLOUT):
         game = TurnGame(

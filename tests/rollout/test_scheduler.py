@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from zs_fast.errors import EngineError
-from zs_fast.rollout.scheduler import PIECE_TOKENS, PREFILL_TOKENS, Request, Scheduler
+from zs_fast.rollout.scheduler import LEAST_SHARED, PIECE_TOKENS, PREFILL_TOKENS, Request, Scheduler
 from zs_fast.types import Role, Sampling
 
 Scheduled = list[tuple[Request, list[tuple[int, int]]]]
@@ -159,3 +159,101 @@ def test_an_aborted_request_is_gone_and_its_context_is_free_for_another():
     queue.end("a")
     add(queue, 2, 4)
     assert ids(queue.next_pieces()) == [2]
+
+
+def sharing(num_slots: int) -> tuple[Scheduler, list[tuple[int, int, int]]]:
+    copies: list[tuple[int, int, int]] = []
+    return Scheduler(Role.POLICY, num_slots, lambda *copied: copies.append(copied)), copies
+
+
+def test_a_group_computes_its_prompt_once():
+    queue, copies = sharing(4)
+    for number in range(3):
+        add(queue, number, 100, f"sample {number}")
+    ((first, pieces),) = computed(queue.next_pieces())
+    assert pieces == [(0, 100)] and queue.num_waiting == 2, "the others wait for it"
+    sampled(first)
+    others = computed(queue.next_pieces())[1:]
+    assert ids(others) == [1, 2] and [pieces for _, pieces in others] == [[(99, 100)]] * 2
+    slots = [request.context.slot for request, _ in others]
+    assert copies == [(first.context.slot, slots[0], 99), (first.context.slot, slots[1], 99)]
+    assert [request.context.token_ids for request, _ in others] == [list(range(100))] * 2
+    assert (queue.counts["prefill_tokens"], queue.counts["reused_tokens"]) == (102, 198)
+
+
+def test_the_longest_beginning_that_some_slot_holds_is_copied():
+    queue, copies = sharing(4)
+    tail = [1000, 1001]
+    for number, prompt in enumerate([list(range(20)), [*range(40), *tail], list(range(60))]):
+        queue.add(number, prompt, Sampling(max_new_tokens=8), f"context {number}", 0)
+        for request, _ in computed(queue.next_pieces()):
+            queue.finish(request)
+    copies.clear()
+    queue.add(3, [*range(40), 2000], Sampling(max_new_tokens=8), None, 0)
+    ((request, pieces),) = queue.next_pieces()
+    assert pieces == [(40, 41)] and [copied for *_, copied in copies] == [40]
+    queue.add(4, [*range(LEAST_SHARED - 1), 2000], Sampling(max_new_tokens=8), None, 0)
+    queue.finish(request)
+    ((request, pieces),) = queue.next_pieces()
+    assert pieces == [(0, LEAST_SHARED)] and len(copies) == 1, "too few to be worth a copy"
+
+
+def test_what_a_free_slot_holds_serves_its_next_owner():
+    queue, copies = sharing(1)
+    add(queue, 0, 50)
+    ((first, _),) = computed(queue.next_pieces())
+    queue.finish(first)
+    queue.add(1, [*range(30), 7, 8], Sampling(max_new_tokens=8), None, 0)
+    ((second, pieces),) = computed(queue.next_pieces())
+    assert pieces == [(30, 32)] and copies == [], "the slot itself: nothing to copy"
+    queue.finish(second)
+    queue.add(2, list(range(50)), Sampling(max_new_tokens=8), None, 0)
+    ((_, pieces),) = queue.next_pieces()
+    assert pieces == [(30, 50)], "the second one wrote over the rest"
+
+
+def test_nothing_is_copied_from_before_new_weights():
+    queue, copies = sharing(2)
+    add(queue, 0, 50)
+    ((first, _),) = computed(queue.next_pieces())
+    queue.finish(first)
+    add(queue, 1, 50, "kept")
+    ((kept, _),) = computed(queue.next_pieces())
+    queue.finish(kept)
+    copies.clear()
+    queue.forget_kv()
+    add(queue, 2, 50)
+    assert [pieces for _, pieces in queue.next_pieces()] == [[(0, 50)]] and copies == []
+
+
+def test_an_evicted_context_takes_back_what_others_hold():
+    queue, copies = sharing(1)
+    add(queue, 0, 40, "a")
+    ((first, _),) = computed(queue.next_pieces())
+    queue.finish(first)
+    queue.add(1, [*range(30), 7], Sampling(max_new_tokens=8), "b", 0)
+    ((second, pieces),) = computed(queue.next_pieces())
+    assert pieces == [(30, 31)] and first.context.slot is None
+    queue.finish(second)
+    add(queue, 2, 45, "a")
+    ((_, pieces),) = queue.next_pieces()
+    assert pieces == [(30, 40), (40, 45)] and copies == []
+    assert queue.counts["recomputed_tokens"] == 10
+
+
+def test_sharing_can_be_turned_off():
+    queue, copies = sharing(2)
+    queue.shares_prefixes = False
+    add(queue, 0, 50)
+    add(queue, 1, 50)
+    assert [pieces for _, pieces in queue.next_pieces()] == [[(0, 50)], [(0, 50)]] and copies == []
+
+
+def test_a_request_that_is_given_up_holds_nobody_up():
+    queue, _ = sharing(2)
+    add(queue, 0, PREFILL_TOKENS + PIECE_TOKENS)
+    add(queue, 1, PREFILL_TOKENS + PIECE_TOKENS)
+    assert ids(computed(queue.next_pieces())) == [0]
+    queue.abort(0)
+    ((other, pieces),) = computed(queue.next_pieces())
+    assert other.request_id == 1 and pieces[0][0] == PREFILL_TOKENS, "what was computed up to then is there"

@@ -310,6 +310,45 @@ def test_no_token_is_prefilled_twice():
     assert stats.reused_tokens > 0
 
 
+@by_rows
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("slots", [3, 32])
+def test_a_prompt_that_others_begin_with_is_computed_once_and_changes_no_bit(kind, slots):
+    loaded = tiny_model(kind)
+    beginnings = [prompt(seed, length) for seed, length in enumerate((40, 17, PIECE_TOKENS + 20))]
+    grouped = []
+    for row, turns in enumerate(some_trajectories(24, seed=6)):
+        (new_ids, sampling), *later = turns
+        grouped.append([(beginnings[row % 3] + (new_ids[:3] if row % 2 else []), sampling), *later])
+    apart = []
+    for turns in grouped:
+        alone, _ = play_together(loaded, [turns], slots=1, seed=0)
+        apart.append(bits(alone[0]))
+    together, engine = play_together(loaded, grouped, slots=slots, seed=1)
+    assert [bits(completions) for completions in together] == apart
+    if slots == 32:
+        given = sum(len(new_ids) for turns in grouped for new_ids, _ in turns) + sum(len(t) - 1 for t in grouped)
+        saved = given - engine.stats()[POLICY].prefill_tokens
+        assert saved >= 7 * sum(len(ids) - 1 for ids in beginnings)
+
+
+@by_rows
+def test_new_weights_share_nothing_with_old_ones():
+    loaded = tiny_model()
+    shared, sampling = prompt(0, 60), Sampling(max_new_tokens=3, temperature=0.0, seed=1)
+    engine = engine_for(loaded)
+    engine.add(0, shared, sampling, role=POLICY, cache_salt="kept")
+    run(engine)
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.mul_(1.5)
+    engine.publish(1)
+    engine.add(1, shared, sampling, role=POLICY)
+    fresh = engine_for(loaded)
+    fresh.add(1, shared, sampling, role=POLICY)
+    assert bits([run(engine)[1]]) == bits([run(fresh)[1]])
+
+
 def test_a_prompt_that_leaves_the_kept_context_recomputes_from_there():
     loaded = tiny_model()
     shared = prompt(0, 40)

@@ -103,6 +103,12 @@ class KvSlots:
         self.keys = self._grown(self.keys, old_capacity)
         self.values = self._grown(self.values, old_capacity)
 
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """The keys and values of a slot's first tokens, into another slot as well."""
+        assert self.keys is not None and self.values is not None
+        for stored in (self.keys, self.values):
+            stored[:, target, :, :num_tokens] = stored[:, source, :, :num_tokens]
+
     def layers_of(self, slot: int, num_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
         """Views of one slot's first tokens, for each layer keys and values [1, kv_heads, num_tokens, head_dim]."""
         assert self.keys is not None and self.values is not None

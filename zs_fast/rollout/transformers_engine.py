@@ -120,6 +120,11 @@ class TransformersEngine:
             lane.slots.release()
         self._lanes = {}
 
+    def share_prefixes(self, on: bool) -> None:
+        """Whether prompts that begin alike are computed once, where that changes no bits; so it is from the start."""
+        for lane in self._lanes.values():
+            lane.scheduler.shares_prefixes = on
+
     def before_use(self, role: Role, call: Callable[[], None]) -> None:
         self._before_use[role] = call
 
@@ -207,7 +212,8 @@ class _Lane:
             device=parameter.device,
         )
         self._rows = RowDecoder(loaded.model, self.slots, self._vocab_size) if by_rows else None
-        self.scheduler = Scheduler(role, num_slots)
+        # In blocks a token's bits depend on the pieces that its sequence came in, which a copy would change.
+        self.scheduler = Scheduler(role, num_slots, None if self._blocks else self.slots.copy_prefix)
         self._decode_tokens = 0
         self._steps = 0
 
