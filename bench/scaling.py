@@ -129,6 +129,7 @@ def lengths_of(longer: int) -> Lengths:
         trajectory=(PROMPT + written + DOCUMENTS) * longer,
         written=written * longer,
         simulation=(PROMPT + DOCUMENTS) * longer,
+        alike=True,
     )
 
 

@@ -75,13 +75,18 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 def backend_of(*tensors: Tensor | None) -> Backend:
     """The backend that an op takes for these tensors (None: an argument that was not given)."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if any(tensor.dtype == torch.float64 for tensor in given):
-        return "reference"
+    on_cpu = on_cuda = True
+    for tensor in tensors:  # one plain loop: small models on a CPU come by here tens of times for each token
+        if tensor is None:
+            continue
+        if tensor.dtype == torch.float64:
+            return "reference"
+        on_cpu = on_cpu and tensor.is_cpu
+        on_cuda = on_cuda and tensor.is_cuda
     if (forced := _forced.get()) is not None:
         return forced
-    if all(tensor.is_cuda for tensor in given) and _triton.AVAILABLE:
+    if on_cuda and _triton.AVAILABLE:
         return "triton"
-    if all(tensor.device.type == "cpu" for tensor in given) and native_status().available:
+    if on_cpu and native_status().available:
         return "native"
     return "reference"

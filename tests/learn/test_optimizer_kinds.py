@@ -202,3 +202,25 @@ def test_offloaded_activations_change_no_bit(monkeypatch):
     assert len(moved) >= model.config.num_hidden_layers, "the hidden state before each layer at least"
     for a, b, c in zip(plain, recomputed, offloaded, strict=True):
         assert torch.equal(a, b) and torch.equal(b, c)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["adamw", "adamw_offload"])
+def test_gradients_that_have_a_place_already_are_the_same(kind, dtype):
+    """And stay in it, over several backward passes."""
+    weights = []
+    for placed in (False, True):
+        net = Net(dtype)
+        optimizer = make(net, kind)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            if placed:
+                optimizer.place_gradients()
+            where = [placed and holder.grad.data_ptr() for holder in optimizer._holders.values()]
+            for _ in range(2):
+                for parameter in net.parameters():
+                    (parameter * torch.randn(parameter.shape, generator=generator).to(dtype)).sum().backward()
+            assert where == [placed and holder.grad.data_ptr() for holder in optimizer._holders.values()]
+            optimizer.step()
+        weights.append({name: parameter.detach().clone() for name, parameter in net.named_parameters()})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

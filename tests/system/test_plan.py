@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from zs_fast.errors import ConfigError, MemoryBudgetError, PreflightError
+from zs_fast.host import pack_segments
 from zs_fast.models.attention import ATTENTION_NAME, PackedAttention
 from zs_fast.models.lora import TARGETS, attach_adapter
 from zs_fast.recipe_files import load_recipe
@@ -18,10 +20,12 @@ from zs_fast.system.hardware import GIB, Hardware, gpu, present_machine
 from zs_fast.system.plan import (
     HEAD_ROWS,
     HEAD_WORKSPACE_BYTES,
+    Lengths,
     Part,
     PlanPhase,
     head_rows,
     layer_elements,
+    micro_batch_tokens,
     plan_memory,
     slot_capacity,
 )
@@ -207,6 +211,17 @@ def test_checkpointing_and_the_budget_move_activations():
     assert total(half, PlanPhase.UPDATE, Part.ACTIVATIONS) * 2 == pytest.approx(
         total(plan_memory(config, is_cuda=True), PlanPhase.UPDATE, Part.ACTIVATIONS), rel=0.01
     )
+
+
+def test_trajectories_that_are_alike_are_cut_evenly():
+    config = load_recipe(["quickstart"], {"train.token_budget": ["1000"], "train.questions_per_step": ["6"]})
+    number = 6 * config.train.group_size
+    given = {"trajectory": 300, "written": 50, "simulation": 1}
+    assert micro_batch_tokens(config, Lengths(**given)) == 1000, "shorter ones may fill it"
+    lengths = [300] * number
+    bounds = pack_segments(lengths, 1000)
+    longest = max(sum(lengths[a:b]) for a, b in pairwise(bounds))
+    assert micro_batch_tokens(config, Lengths(**given, alike=True)) == longest == 900
 
 
 @pytest.mark.parametrize(("name", "card"), CARDS.items())

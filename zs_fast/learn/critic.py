@@ -154,6 +154,7 @@ class CriticUpdater:
             torch.autograd.backward(result.loss)
             return {"sums": torch.stack([result.loss.detach(), result.value_sum, result.clipped])}
 
+        self.optimizer.place_gradients()
         found = self.micro_steps.run(
             packed,
             first,

@@ -110,6 +110,16 @@ class Optimizer:
         for name, master in self._masters.items():
             master.grad = self._holders[name].grad = None
 
+    def place_gradients(self) -> None:
+        """Zeros to add to, where there are none: on a CPU, before the first backward pass.
+
+        Made in the midst of it they would stay behind between the activations, whose freed places glibc could not join
+        again: the next micro batch took 142 MiB more of 1042 (quickstart's model, 11776 tokens).
+        """
+        for holder in self._holders.values():
+            if holder.device.type == "cpu" and holder.grad is None:
+                holder.grad = torch.zeros(holder.shape)
+
     def drop_gradients(self) -> None:
         """As `zero_grad`, also after a backward pass that died between a parameter's gradient and its master's."""
         for parameter in self._parameters.values():

@@ -163,6 +163,7 @@ def sft_step(
         torch.autograd.backward(loss)
         return {"loss": loss.detach()}
 
+    optimizer.place_gradients()
     found = micro_steps.run(
         packed,
         0,

@@ -244,6 +244,7 @@ class Updater:
             torch.autograd.backward(loss)
             return sums | {"loss": loss.detach()}
 
+        self.optimizer.place_gradients()
         device_sums = self.micro_steps.run(
             packed,
             first,
