@@ -227,7 +227,12 @@ def scene(request: pytest.FixtureRequest, memory_disk: Path) -> Iterator[Scene]:
     shutil.rmtree(root)
 
 
-def test_a_crash_at_any_operation_leaves_the_old_or_the_new_state(scene: Scene, scratch: Path) -> None:
+Record = Callable[[str, object], None]
+
+
+def test_a_crash_at_any_operation_leaves_the_old_or_the_new_state(
+    scene: Scene, scratch: Path, record_property: Record
+) -> None:
     outcomes: Counter[str] = Counter()
     for k in range(scene.num_operations):
         half = ("die_half",) if scene.trace[k][0] in ("write", "save_tensors") else ()
@@ -240,7 +245,7 @@ def test_a_crash_at_any_operation_leaves_the_old_or_the_new_state(scene: Scene, 
                 outcomes[scene.check(folder)] += 1
     assert outcomes["old"] > 0 and outcomes["new"] > 0
     assert sum(outcomes.values()) >= 2 * scene.num_operations
-    print(f"\n{scene.name}: {scene.num_operations} operations, {sum(outcomes.values())} crashes, {dict(outcomes)}")
+    record_property("trials", sum(outcomes.values()))
 
 
 def check_damaged(scene: Scene, folder: Path) -> str:
@@ -259,7 +264,9 @@ def check_damaged(scene: Scene, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("scene", ["with_retention", "same_step_again"], indirect=True)
-def test_a_crash_while_the_next_start_cleans_up_loses_nothing(scene: Scene, scratch: Path) -> None:
+def test_a_crash_while_the_next_start_cleans_up_loses_nothing(
+    scene: Scene, scratch: Path, record_property: Record
+) -> None:
     crashes = 0
     for k in range(scene.num_operations):
         folder = scene.fresh(scratch / "run")
@@ -281,6 +288,7 @@ def test_a_crash_while_the_next_start_cleans_up_loses_nothing(scene: Scene, scra
             scene.check(cut_short)
             crashes += 1
     assert crashes > 20
+    record_property("trials", crashes)
 
 
 ERRORS = [
@@ -297,7 +305,7 @@ ERRORS = [
 @pytest.mark.parametrize("deed, code", ERRORS)
 @pytest.mark.parametrize("scene", ["first", "with_retention", "same_step_again"], indirect=True)
 def test_an_error_at_any_operation_is_told_and_leaves_the_old_state(
-    scene: Scene, scratch: Path, deed: str, code: int
+    scene: Scene, scratch: Path, deed: str, code: int, record_property: Record
 ) -> None:
     raised = warned = 0
     for k in range(scene.num_operations):
@@ -328,10 +336,10 @@ def test_an_error_at_any_operation_is_told_and_leaves_the_old_state(
         outcome = scene.check(folder)
         assert outcome in ("old", "new")
     assert raised > 20 and raised + warned == scene.num_operations
-    print(f"\n{scene.name}, {deed} {errno.errorcode[code]}: {raised} raised, {warned} warned after the commit")
+    record_property("trials", scene.num_operations)
 
 
-def test_a_short_write_is_completed(scene: Scene, scratch: Path) -> None:
+def test_a_short_write_is_completed(scene: Scene, scratch: Path, record_property: Record) -> None:
     writes = [k for k, (name, _) in enumerate(scene.trace) if name == "write"]
     assert len(writes) >= 4
     for k in writes:
@@ -339,15 +347,17 @@ def test_a_short_write_is_completed(scene: Scene, scratch: Path) -> None:
         store = scene.attempt(folder, FaultyFiles(at=k, deed="short"))
         assert store.warnings == []
         assert contents(folder / "checkpoints" / f"step_{scene.step}") == scene.new
+    record_property("trials", len(writes))
 
 
-def test_a_descriptor_never_leaks(scene: Scene, scratch: Path) -> None:
+def test_a_descriptor_never_leaks(scene: Scene, scratch: Path, record_property: Record) -> None:
     for k in range(scene.num_operations):
         folder = scene.fresh(scratch / "run")
         before = len(os.listdir("/proc/self/fd"))
         with contextlib.suppress(CheckpointError):
             scene.attempt(folder, FaultyFiles(at=k, deed="error", code=errno.EIO))
         assert len(os.listdir("/proc/self/fd")) == before, scene.trace[k]
+    record_property("trials", scene.num_operations)
 
 
 def test_everything_is_synced_in_the_right_order(scene: Scene) -> None:

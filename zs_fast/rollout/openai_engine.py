@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
-import threading
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ import openai
 
 from zs_fast.config import SimulatorConfig
 from zs_fast.errors import EngineError, PreflightError
+from zs_fast.search.backends.background_loop import BackgroundLoop
 from zs_fast.search.backends.transport import (
     CONNECT_TIMEOUT_S,
     FIRST_WAIT_S,
@@ -77,17 +77,14 @@ class OpenAIEngine:
         self._unfinished: dict[tuple[Role, int], tuple[int, Future[None]]] = {}
         """By request: its number, unlike its id never used again, and what is under way for it."""
         self._finished: queue.SimpleQueue[tuple[int, Completion]] = queue.SimpleQueue()
-        self._fault: BaseException | None = None
         self._num_retries = self._num_requests = self._num_failures = 0
         host = check_address(simulator.url, name="simulator.url", key_name="simulator.api_key_env")
         loopback = is_loopback(host)
         self._key = Key(os.environ.get(simulator.api_key_env, ""))
         self._withheld = bool(self._key) and simulator.url.lower().startswith("http:") and not loopback
         self._filter = HideKey(self._key).install()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="openai-engine", daemon=True)
-        self._thread.start()
-        self._client, self._in_flight = self._wait_for(self._connect(loopback))
+        self._loop = BackgroundLoop("openai-engine")
+        self._client, self._in_flight = self._loop.wait_for(self._connect(loopback))
         try:
             self._check_health()
         except PreflightError:
@@ -99,7 +96,7 @@ class OpenAIEngine:
     ) -> None:
         if role is not Role.SIMULATOR:
             raise EngineError(f"A remote server can't serve the {role}: it takes and gives text, not sampled tokens.")
-        if self._thread is None or not prompt_ids:
+        if self._loop.is_closed or not prompt_ids:
             raise EngineError(f"Request {request_id}: the engine is closed." if prompt_ids else "The prompt is empty.")
         if (role, request_id) in self._unfinished:
             raise EngineError(f"Request {request_id} of {role} was added twice before it finished.")
@@ -107,13 +104,11 @@ class OpenAIEngine:
         prompt = self._codec.decode(prompt_ids)
         number = self._num_requests
         answer = self._answer(number, request_id, prompt, sampling, role, self._version)
-        future = asyncio.run_coroutine_threadsafe(answer, self._loop)
-        future.add_done_callback(self._note_fault)
-        self._unfinished[role, request_id] = number, future
+        self._unfinished[role, request_id] = number, self._loop.start(answer)
 
     def step(self) -> list[Completion]:
-        if self._fault is not None:
-            raise EngineError(f"The remote engine broke: {self._fault!r}") from self._fault
+        if (fault := self._loop.fault) is not None:
+            raise EngineError(f"The remote engine broke: {fault!r}") from fault
         if self._check is not None:
             self._check()
         completions = []
@@ -153,21 +148,7 @@ class OpenAIEngine:
 
     def close(self) -> None:
         """Give up what is under way, and end the thread."""
-        if self._thread is None:
-            return
-        self._wait_for(self._disconnect())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._thread = None  # type: ignore[assignment]
-
-    def _note_fault(self, future: Future[None]) -> None:
-        """An answer that ended without a completion would be waited for until the end of days."""
-        if not future.cancelled() and future.exception() is not None:
-            self._fault = future.exception()
-
-    def _wait_for(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        self._loop.close(self._disconnect)
 
     async def _connect(self, loopback: bool) -> tuple[openai.AsyncOpenAI, asyncio.Semaphore]:
         http_client = openai.DefaultAsyncHttpxClient(
@@ -197,16 +178,12 @@ class OpenAIEngine:
         return client, asyncio.Semaphore(self._simulator.max_in_flight)
 
     async def _disconnect(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.close()
         self._filter.remove()
 
     def _check_health(self) -> None:
         try:
-            self._wait_for(self._ask("ping", Sampling(max_new_tokens=1, temperature=0.0), must_speak=False))
+            self._loop.wait_for(self._ask("ping", Sampling(max_new_tokens=1, temperature=0.0), must_speak=False))
         except ReplyError as error:
             problem = str(error)
         else:

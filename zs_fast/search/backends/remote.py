@@ -9,14 +9,12 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
-import threading
-from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from zs_fast.config import RetrieverConfig
 from zs_fast.errors import EngineError, PreflightError
+from zs_fast.search.backends.background_loop import BackgroundLoop
 from zs_fast.search.backends.cache import SearchCache
 from zs_fast.search.backends.retriever import Dialect, Documents, SearchR1, ZeroSearchWiki
 from zs_fast.search.backends.serpapi import SerpApi
@@ -87,19 +85,14 @@ class RemoteSearch:
         self._results: list[SearchResult] = []
         self._replies: queue.SimpleQueue[_Answered] = queue.SimpleQueue()
         self._in_flight = self._num_requests = self._num_retries = self._num_failed = self._num_cached = 0
-        self._fault: BaseException | None = None
         host = check_address(self._url, name="retriever.url", key_name="retriever.api_key_env")
         key_env = retriever.api_key_env or self._dialect.default_key_env
         key = self._key(key_env, host)
         self._cache: SearchCache | None = None
         if retriever.cache:
             self._cache = SearchCache(retriever.cache, f"{retriever.kind} {self._url} {documents}")
-        self._loop = asyncio.new_event_loop()
-        self._thread: threading.Thread | None = threading.Thread(
-            target=self._loop.run_forever, name="retriever", daemon=True
-        )
-        self._thread.start()
-        self._transport = self._wait_for(self._connect(key, retriever.requests_per_second / processes, host))
+        self._loop = BackgroundLoop("retriever")
+        self._transport = self._loop.wait_for(self._connect(key, retriever.requests_per_second / processes, host))
         if self._dialect.has_free_probe:
             self._probe()
 
@@ -135,15 +128,14 @@ class RemoteSearch:
 
         Raises SimulatorError when the cache can't be used, and EngineError when the thread broke.
         """
-        if self._fault is not None:
-            raise EngineError(f"The retriever's thread broke: {self._fault!r}") from self._fault
+        if (fault := self._loop.fault) is not None:
+            raise EngineError(f"The retriever's thread broke: {fault!r}") from fault
         while not self._replies.empty():
             self._take(self._replies.get_nowait())
         while self._unsent and self._in_flight < self._retriever.max_in_flight:
             batch, self._unsent = self._unsent[: self._batch_size], self._unsent[self._batch_size :]
             self._in_flight += 1
-            future = asyncio.run_coroutine_threadsafe(self._answer(batch), self._loop)
-            future.add_done_callback(self._note_fault)
+            self._loop.start(self._answer(batch))
         results, self._results = self._results, []
         return results
 
@@ -157,13 +149,9 @@ class RemoteSearch:
 
     def close(self) -> None:
         """Give up what is under way, and end the thread. What has been answered by then is kept in the cache."""
-        if self._thread is None:
+        if self._loop.is_closed:
             return
-        self._wait_for(self._disconnect())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._thread = None
+        self._loop.close(self._transport.close)
         if self._cache is not None:
             while not self._replies.empty():
                 self._cache.put(self._replies.get_nowait().found)
@@ -198,16 +186,9 @@ class RemoteSearch:
             loopback=is_loopback(host),
         )
 
-    async def _disconnect(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._transport.close()
-
     def _probe(self) -> None:
         try:
-            self._wait_for(self._ask([_PROBE]))
+            self._loop.wait_for(self._ask([_PROBE]))
         except ReplyError as error:
             problem = str(error)
         else:
@@ -275,11 +256,3 @@ class RemoteSearch:
             mode=SearchMode.REAL,
             contains_answer=contains_answer(documents, request.question.answers),
         )
-
-    def _note_fault(self, future: Future[None]) -> None:
-        """An answer that ended without a reply would be waited for until the end of days."""
-        if not future.cancelled() and future.exception() is not None:
-            self._fault = future.exception()
-
-    def _wait_for(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
