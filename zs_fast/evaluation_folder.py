@@ -22,16 +22,13 @@ from zs_fast.models.load import resolve_path
 from zs_fast.scoreboard import Result
 from zs_fast.search.by_set import QuestionSets
 from zs_fast.setup import planned_evaluations
-from zs_fast.system.files import FileOperations, replace_file
+from zs_fast.system.files import FileOperations, files_digest, replace_file
 from zs_fast.system.jsonl import JsonlWriter, encode_row, read_rows
 from zs_fast.system.metrics import Decode, rollout_row
 from zs_fast.types import StopReason, Trajectory
 
 RESULTS_DEPEND_ON = ("model", "simulator", "bm25", "retriever", "game", "eval", "seed")
 """Parts of a recipe that a trajectory of an evaluation depends on. Of the engine it is the kind."""
-_WEIGHT_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors", "*.gguf")
-_END_BYTES = 2**20
-"""Of a large file this much is read at its start and at its end."""
 
 Results = dict[str, dict[str, Result]]
 """Name of an evaluation -> question id -> what came of it."""
@@ -157,20 +154,6 @@ def settings_of(config: RunConfig, sets: QuestionSets) -> dict[str, Any]:
         "questions": {name: _questions_digest(sets, name) for name in sets},
         "files": files,
     }
-
-
-def files_digest(path: Path) -> str:
-    """Tells a model folder or a file from a changed one, by names, sizes and the first and last MiB of each file."""
-    digest = hashlib.sha256()
-    files = sorted(file for pattern in _WEIGHT_FILES for file in path.glob(pattern)) if path.is_dir() else [path]
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as content:
-            digest.update(content.read(_END_BYTES))
-            content.seek(max(0, size - _END_BYTES))
-            digest.update(content.read(_END_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def _questions_digest(sets: QuestionSets, name: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from zs_fast.models.lora import adapter_rank, is_adapter_folder, load_adapter, r
 from zs_fast.ranks import in_pieces, loading_device
 from zs_fast.setup import load_served
 from zs_fast.system.checkpoint import Checkpoint
+from zs_fast.system.files import files_digest
 from zs_fast.system.seeds import seed_for
 from zs_fast.types import Role
 
@@ -91,3 +93,29 @@ def check_same_tokenizer(checkpoint: Checkpoint, policy: LoadedModel) -> None:
             f"{now}): the same text would be other ids. Put back the tokenizer and chat template that the run began "
             "with."
         )
+
+
+def model_digests(config: RunConfig, policy: LoadedModel) -> dict[str, str]:
+    """Field of the config -> digest of the model there, for those that a checkpoint does not hold: what an adapter
+    stands on, the reference, the simulator."""
+    paths = {"simulator.adapter": config.simulator.adapter}
+    if config.algorithm.kl_coefficient or adapter_rank(policy.model):
+        paths["model.path"] = config.model.path
+    if config.simulator.kind == "model":
+        paths["simulator.path"] = config.simulator.path
+    if config.critic.path:
+        paths["critic.path"] = config.critic.path
+    return {field: files_digest(resolve_path(path)) for field, path in paths.items() if path}
+
+
+def check_same_models(checkpoint: Checkpoint, now: Mapping[str, str], config: RunConfig) -> None:
+    """Return if the models that a checkpoint does not hold are those it was written with, else
+    CheckpointUnusableError. One of a version that did not write them down is taken as it is."""
+    for field, saved in checkpoint.state.get("models", {}).items():
+        if now.get(field) != saved:
+            part, name = field.split(".")
+            raise CheckpointUnusableError(
+                f"The files of {field} = {getattr(getattr(config, part), name)!r} are others than when "
+                f"{checkpoint.path} was written (digest saved {saved}, now {now.get(field)}): the run would go on with "
+                "another model. Put back the files that it began with."
+            )

@@ -49,10 +49,12 @@ from zs_fast.report.plots import reward_curve
 from zs_fast.rollout.engine import StepCounts
 from zs_fast.rollout.play import Player, Refill
 from zs_fast.run_models import (
+    check_same_models,
     check_same_tokenizer,
     critic_of,
     frozen_copy,
     load_policy_weights,
+    model_digests,
     reference_of,
     tokenizer_digest,
 )
@@ -158,6 +160,7 @@ class _Run:
         if checkpoint:
             check_same_tokenizer(checkpoint, self.policy)
         self.tokenizer_digest = tokenizer_digest(self.policy.tokenizer)
+        self.model_digests = model_digests(config, self.policy)
         frozen = frozen_copy(config, self.policy, device)
         journal = run_journal(config, output, on_cpu=device.type == "cpu", warn=self._note)
         self.journal = Journalled(journal, keeps_outcomes=config.train.max_staleness > 0)
@@ -169,6 +172,7 @@ class _Run:
         reference = reference_of(config, self.policy, frozen)
         if checkpoint:
             load_policy_weights(self.policy, checkpoint.model_path, config)
+            check_same_models(checkpoint, self.model_digests, config)
         weights = checkpoint.model_path if checkpoint else config.model.path
         self.trained = trained_policy(config, self.policy, weights, device)
         self.roles = Roles(
@@ -444,6 +448,7 @@ class _Run:
             state={
                 "config": self.config.model_dump(mode="json"),
                 "tokenizer": self.tokenizer_digest,
+                "models": self.model_digests,
                 "updater": self.updater.state(),
                 "evaluations": self.evaluations,
                 "evaluated_step": self.evaluated_step,

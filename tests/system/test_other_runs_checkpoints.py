@@ -113,6 +113,25 @@ def test_a_changed_chat_template_is_refused(folder_run):
         train(toy(run, 2, **{"model.path": model}), resume=True)
 
 
+@pytest.mark.parametrize("field", ["model.path", "simulator.path"])
+def test_changed_weights_that_no_checkpoint_holds_are_refused(tmp_path, field):
+    """Those of the reference and of the simulator: the run would go on with other ones, and nobody would know."""
+    import torch
+
+    model = tmp_path / "model"
+    loaded = load_model("quickstart:policy", dtype=torch.float32)
+    save_model(loaded, model)
+    changes = {"simulator.kind": "model", field: model}
+    train(toy(tmp_path / "run", 1, **changes))
+    train(toy(tmp_path / "run", 1, **changes), resume=True)
+    with torch.no_grad():
+        loaded.model.model.norm.weight.mul_(1.01)
+    shutil.rmtree(model)
+    save_model(loaded, model)
+    with pytest.raises(CheckpointUnusableError, match=rf"files of {field} = .*saved \w+, now \w+.*Put back"):
+        train(toy(tmp_path / "run", 2, **changes), resume=True)
+
+
 def test_a_model_of_another_shape_in_the_folder_is_refused(folder_run):
     model, run = folder_run
     config = json.loads((model / "config.json").read_text())

@@ -7,6 +7,7 @@ the attempt is over.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from collections.abc import Mapping
@@ -135,3 +136,22 @@ def format_bytes(count: int) -> str:
             return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+_MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors", "*.gguf")
+_END_BYTES = 2**20
+"""Of a large file this much is read at its start and at its end."""
+
+
+def files_digest(path: Path) -> str:
+    """Tells a model folder or a file from a changed one, by names, sizes and the first and last MiB of each file."""
+    digest = hashlib.sha256()
+    files = sorted(file for pattern in _MODEL_FILES for file in path.glob(pattern)) if path.is_dir() else [path]
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(_END_BYTES))
+            content.seek(max(0, size - _END_BYTES))
+            digest.update(content.read(_END_BYTES))
+    return digest.hexdigest()[:16]
