@@ -93,7 +93,6 @@ ROWS = {
             "tests/search/test_question_order.py",
             "tests/system/test_refill_run.py",
             "tests/system/test_metrics.py -k resume",
-            "tests/system/test_train_run.py -k resume_from_any",
         ),
     ),
     "F12": Row(
