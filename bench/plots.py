@@ -101,8 +101,9 @@ def steps(axes: Axes, summary: Mapping[str, Any] | None, title: str) -> None:
         seconds = [summary["ways"][way][phase]["seconds"] for way in ways]
         axes.barh(ways, seconds, left=ends, color=colour, label=phase)
         ends = [end + more for end, more in zip(ends, seconds, strict=True)]
+    whole = {way: summary["ways"][way]["step"]["seconds"] for way in ways}  # a median of its own
     for way, end in zip(ways, ends, strict=True):
-        axes.text(end, way, f" {end:.2f} s, {end / ends[ways.index('ours')]:.2f}x", va="center", fontsize=9)
+        axes.text(end, way, f" {whole[way]:.2f} s, {whole[way] / whole['ours']:.2f}x", va="center", fontsize=9)
     axes.set_xlim(0, 1.3 * max(ends))
     axes.invert_yaxis()
     axes.set_xlabel("CPU seconds, one thread" if summary["clock"] == "cpu_seconds" else "seconds")
@@ -168,7 +169,7 @@ def _machine(summary: Mapping[str, Any]) -> str:
 
 
 def _titled(axes: Axes, title: str) -> None:
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)
 

@@ -14,7 +14,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
 
 def step(time: str, *, trace: str | None) -> dict:
-    phases = {name: {"seconds": 1.0} for name in ("rollout", "score", "update")}
+    phases = {name: {"seconds": 1.0} for name in ("rollout", "score", "update", "step")}
     return {
         "subject": "end_to_end",
         "time": time,
