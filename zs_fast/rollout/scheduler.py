@@ -176,8 +176,9 @@ class Scheduler:
         """A slot for a context without one, with what can be copied into it; what it held before goes into the plan.
         False where there is no slot, or the request had better wait for another one's prompt."""
         context, prompt_ids = request.context, request.prompt_ids
-        source, shared = self._longest_prefix(prompt_ids) if self.shares_prefixes and self._copy_prefix else (-1, 0)
-        if self._is_under_way(prompt_ids, shared):
+        copy_prefix = self._copy_prefix if self.shares_prefixes else None
+        source, shared = self._longest_prefix(prompt_ids) if copy_prefix else (-1, 0)
+        if copy_prefix and self._is_under_way(prompt_ids, shared):
             return False
         slot = self._take_slot(may_evict=may_evict)
         if slot is None:
@@ -185,9 +186,8 @@ class Scheduler:
         context.slot = slot
         replayed = context.keep_prefix(prompt_ids)
         if shared:
-            assert self._copy_prefix is not None
-            if source != slot:
-                self._copy_prefix(source, slot, shared)
+            if copy_prefix and source != slot:
+                copy_prefix(source, slot, shared)
             self.counts["reused_tokens"] += shared
             context.token_ids, context.bounds = prompt_ids[:shared], [0, shared]
             request.plan.extend(_pieces(shared, max(shared, replayed)))
@@ -216,8 +216,6 @@ class Scheduler:
 
     def _is_under_way(self, prompt_ids: Sequence[int], shared: int) -> bool:
         """Does a running request still compute a much longer beginning of this prompt than can be copied now?"""
-        if not self.shares_prefixes:
-            return False
         least = shared + LEAST_SHARED - 1
         return any(
             _shared(request.prompt_ids, prompt_ids[:-1], more_than=least) > least
