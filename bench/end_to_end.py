@@ -40,6 +40,7 @@ from bench.whole_step import (
 )
 from zs_fast.errors import ConfigError
 from zs_fast.models.load import DTYPES
+from zs_fast.ranks import pack_share
 from zs_fast.recipe_files import load_recipe
 from zs_fast.system.environment import environment
 from zs_fast.system.hardware import Hardware
@@ -144,6 +145,7 @@ def workload(stage: Stage, taken: Taken) -> Workload:
     trajectories = [trajectory for group in taken.groups for trajectory in group.trajectories]
     searches = [turn.search for trajectory in trajectories for turn in trajectory.turns if turn.search]
     calls = sum(not search.shared for search in searches)
+    packed = pack_share(taken.groups, stage.config)
 
     def mean(values: Sequence[int]) -> float:
         return sum(values) / len(trajectories)
@@ -155,6 +157,7 @@ def workload(stage: Stage, taken: Taken) -> Workload:
         written=mean([one.num_action_tokens for one in trajectories]),
         documents=mean([one.num_observation_tokens for one in trajectories]),
         context=mean([one.num_tokens for one in trajectories]),
+        computed=mean([micro.num_tokens for micro in packed.micro_batches(packed.token_budget)]),
         # What was computed of them: beginnings that prompts have in common count once.
         asked=taken.counts.get("simulator/prefill_tokens", 0.0) / max(1, calls),
         answered=sum(search.num_generated_tokens for search in searches) / max(1, calls),

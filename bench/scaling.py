@@ -24,7 +24,7 @@ from bench import step_trace
 from bench.child import ROOT, held_at_start, report_of
 from bench.ops import one_thread
 from bench.results import verdict_lines, write_results
-from bench.rollout_trace import Trace
+from bench.rollout_trace import GROUP_SIZE, Trace
 from zs_fast.config import RunConfig
 from zs_fast.errors import ConfigError
 from zs_fast.recipe_files import load_recipe
@@ -130,6 +130,7 @@ def lengths_of(longer: int) -> Lengths:
         written=written * longer,
         simulation=(PROMPT + DOCUMENTS) * longer,
         alike=True,
+        shared=PROMPT * longer,
     )
 
 
@@ -143,6 +144,7 @@ def needed_flop(times: int, longer: int) -> float:
         written=2 * written,
         documents=DOCUMENTS * longer,
         context=lengths_of(longer).trajectory,
+        computed=lengths_of(longer).trajectory - PROMPT * longer * (1.0 - 1.0 / GROUP_SIZE),
         asked=PROMPT * longer,
         answered=DOCUMENTS * longer,
     )

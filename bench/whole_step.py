@@ -225,9 +225,11 @@ def our_step(stage: Stage, memory: Memory, updater: Updater) -> Played:
 
 
 def reference_step(stage: Stage, memory: Memory, updater: Updater) -> Played:
-    """The reference's pattern; its repeated scoring counts as such, whenever it happens."""
+    """The reference's pattern; its repeated scoring counts as such, whenever it happens. No prefix is shared."""
+    train = stage.config.train.model_copy(update={"share_prefixes": False})
+    apart = replace(stage, config=stage.config.model_copy(update={"train": train}))
     with computed_apart(stage.arena.engine):
-        return _in_turns(stage, memory, updater)
+        return _in_turns(apart, memory, updater)
 
 
 def _in_turns(stage: Stage, memory: Memory, updater: Updater) -> Played:

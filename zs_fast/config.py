@@ -418,7 +418,10 @@ class TrainConfig(Section):
     a completion cut by an update begins again. 0 is exactly on-policy; above it algorithm.correction, or
     algorithm.old_logprobs = 'sampler', has to weigh the difference."""
     token_budget: Positive = 16_384
-    """Most tokens in one micro batch (at least one whole trajectory); sets peak activation memory."""
+    """Most tokens that one micro batch computes (at least one whole trajectory); sets peak activation memory."""
+    share_prefixes: bool = True
+    """Compute what trajectories of a micro batch begin with alike (a group's prompt, equal first turns) once, when they
+    are scored and in the update. Only rounding changes. Unmeasured on a GPU."""
     save_every: NonNegative = 50
     """Steps between checkpoints; 0 saves only at the end. The final checkpoint is always written."""
     eval_every: NonNegative = 0

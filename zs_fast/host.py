@@ -17,32 +17,73 @@ NATIVE = _core is not None
 """Does the compiled `_core` answer? False means the Python references below do."""
 
 
-def pack_segments(lengths: Sequence[int], token_budget: int) -> list[int]:
+Prefixes = Sequence[tuple[int, int]]
+"""(source, length), lengths rising and sources falling: the latest earlier sequence with the same first tokens."""
+
+
+def shared_prefixes(sequences: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:
+    """For each sequence, with which earlier ones it begins alike, as `Prefixes`. Its last token counts as its own.
+
+    [[5, 6, 7], [5, 8, 9], [5, 6, 7, 8]] -> [[], [(0, 1)], [(1, 1), (0, 3)]]. Whoever has only the sequences from a
+    certain one on finds the longest prefix that one of them has: the last pair whose source is among them.
+    """
+    found: list[list[tuple[int, int]]] = []
+    for number, tokens in enumerate(sequences):
+        pairs: list[tuple[int, int]] = []
+        length, most = 0, len(tokens) - 1
+        for source in range(number - 1, -1, -1):
+            if length >= most:
+                break
+            other = sequences[source]
+            if len(other) <= length or other[length] != tokens[length] or other[:length] != tokens[:length]:
+                continue
+            end = min(most, len(other))
+            length = next((place for place in range(length + 1, end) if other[place] != tokens[place]), end)
+            pairs.append((source, length))
+        found.append(pairs)
+    return found
+
+
+def held_prefix(prefixes: Prefixes, first: int) -> tuple[int, int]:
+    """(source, length) of the longest prefix that a sequence from `first` on has too; (first, 0) without one."""
+    best = (first, 0)
+    for source, length in prefixes:
+        if source < first:
+            break
+        best = (source, length)
+    return best
+
+
+def pack_segments(lengths: Sequence[int], token_budget: int, prefixes: Sequence[Prefixes] = ()) -> list[int]:
     """Bounds of consecutive runs of segments, `[0, ..., len(lengths)]`, each run at most token_budget tokens.
 
     As few runs as the budget allows, and among those the smallest largest run. A segment over the budget is a run of
-    its own. Raises ValueError for a negative length or a budget below 1.
+    its own. prefixes: of each segment as `shared_prefixes` gives them (or of none); what a run holds already doesn't
+    count again. Raises ValueError for a negative length or a budget below 1.
     """
     if token_budget < 1:
         raise ValueError(f"token_budget is {token_budget}, expected at least 1")
     if any(length < 0 for length in lengths):
         raise ValueError(f"lengths holds {min(lengths)}, expected numbers >= 0")
+    if prefixes and len(prefixes) != len(lengths):
+        raise ValueError(f"prefixes are of {len(prefixes)} segments, expected {len(lengths)} or none")
     if _core is not None:
-        bounds: list[int] = _core.pack_segments(lengths, token_budget)
+        bounds: list[int] = _core.pack_segments(lengths, token_budget, prefixes)
         return bounds
-    return pack_segments_reference(lengths, token_budget)
+    return pack_segments_reference(lengths, token_budget, prefixes)
 
 
-def pack_segments_reference(lengths: Sequence[int], token_budget: int) -> list[int]:
+def pack_segments_reference(lengths: Sequence[int], token_budget: int, prefixes: Sequence[Prefixes] = ()) -> list[int]:
     """What `pack_segments` means: fill greedily, then search for the smallest limit that needs no more runs."""
 
     def fill(limit: int) -> list[int]:
         bounds, used = [0], 0
         for index, length in enumerate(lengths):
-            if index > bounds[-1] and length > limit - used:
+            own = length - (held_prefix(prefixes[index], bounds[-1])[1] if prefixes else 0)
+            if index > bounds[-1] and own > limit - used:
                 bounds.append(index)
-                used = 0
-            used = min(limit, used + length)
+                used, own = 0, length
+            used = min(limit, used + own)
         return [*bounds, len(lengths)] if lengths else bounds
 
     best = fill(token_budget)

@@ -176,6 +176,7 @@ def pack_share(groups: Sequence[Group], config: RunConfig) -> PackedBatch:
     return pack(
         own.groups,
         token_budget=config.train.token_budget,
+        share_prefixes=config.train.share_prefixes,
         mask=config.algorithm.mask_stop_reasons,
         mask_documents=config.algorithm.mask_documents,
         places=own.places,

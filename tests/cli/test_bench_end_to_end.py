@@ -178,7 +178,15 @@ def test_compare_reads_it(summary, tmp_path):
 def test_floors_are_those_of_the_work():
     config = load_recipe(["quickstart"], {})
     work = Workload(
-        trajectories=8, searches=1.0, prompt=100, written=50, documents=100, context=250, asked=80, answered=90
+        trajectories=8,
+        searches=1.0,
+        prompt=100,
+        written=50,
+        documents=100,
+        context=250,
+        computed=200,
+        asked=80,
+        answered=90,
     )
     here = Hardware("measured", 0, 1e10, 1e11, is_cuda=False)
     floors = phase_floors(config, here, work)

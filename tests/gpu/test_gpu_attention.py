@@ -19,16 +19,37 @@ LENGTHS = [1, 33, 700, 128, 2049]
 BOUNDS = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
 
 
-def outputs_and_gradients(door, heads, kv_heads, head_dim, dtype):
+SHARED = 600
+"""Tokens that the last two segments begin with alike with the third."""
+
+
+def prefixes():
+    """PackedAttention's arguments where the third segment's beginning is computed once."""
+    rows, computed = list(range(BOUNDS[3])), [*BOUNDS[:4]]
+    for length in (100, SHARED):
+        number = LENGTHS[len(computed) - 1] - length
+        rows += [*range(BOUNDS[2], BOUNDS[2] + length), *range(computed[-1], computed[-1] + number)]
+        computed.append(computed[-1] + number)
+    return {"rows": torch.tensor(rows, device="cuda"), "computed_cu_seqlens": computed}
+
+
+def outputs_and_gradients(door, heads, kv_heads, head_dim, dtype, shared):
     draws = torch.Generator(device="cuda").manual_seed(0)
     inputs = [
-        torch.randn(1, BOUNDS[-1], number, head_dim, generator=draws, device="cuda")
+        torch.randn(
+            1,
+            shared["computed_cu_seqlens"][-1] if shared else BOUNDS[-1],
+            number,
+            head_dim,
+            generator=draws,
+            device="cuda",
+        )
         .to(dtype)
         .transpose(1, 2)
         .requires_grad_()
         for number in (heads, kv_heads, kv_heads)
     ]
-    output = PackedAttention(BOUNDS, door).attend(0, *inputs, head_dim**-0.5)
+    output = PackedAttention(BOUNDS, door, **shared).attend(0, *inputs, head_dim**-0.5)
     weights = torch.randn(output.shape, generator=draws, device="cuda").to(dtype)
     return [output, *torch.autograd.grad(output, inputs, weights)]
 
@@ -36,12 +57,14 @@ def outputs_and_gradients(door, heads, kv_heads, head_dim, dtype):
 @pytest.mark.parametrize("door", list(DOORS))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(9, 3, 64), (16, 2, 128), (8, 8, 96), (4, 1, 256)])
-def test_door_agrees_with_per_segment(door, dtype, heads, kv_heads, head_dim):
+@pytest.mark.parametrize("shares", [False, True])
+def test_door_agrees_with_per_segment(shares, door, dtype, heads, kv_heads, head_dim):
     if DOORS[door].missing:
         pytest.skip(DOORS[door].missing)
     assert choose(door, torch.device("cuda", 0), dtype, head_dim).name == door
-    found = outputs_and_gradients(door, heads, kv_heads, head_dim, dtype)
-    expected = outputs_and_gradients("per_segment", heads, kv_heads, head_dim, dtype)
+    shared = prefixes() if shares else {}
+    found = outputs_and_gradients(door, heads, kv_heads, head_dim, dtype, shared)
+    expected = outputs_and_gradients("per_segment", heads, kv_heads, head_dim, dtype, shared)
     for one, other in zip(found, expected, strict=True):
         error = torch.linalg.vector_norm((one - other).float()) / torch.linalg.vector_norm(other.float())
         assert error < 2e-2

@@ -73,7 +73,7 @@ def divergence(roles: Roles, groups) -> float:
     with torch.no_grad():
         rows = []
         for loaded in (roles.policy, roles.reference):
-            hidden = hidden_states(loaded.model, micro)[micro.loss_index]
+            hidden = hidden_states(loaded.model, micro, micro.loss_index)
             rows.append(torch.log_softmax(loaded.model.get_output_embeddings()(hidden).float(), -1))
     return float((rows[0].exp() * (rows[0] - rows[1])).sum(-1).mean())
 
@@ -86,7 +86,7 @@ def sampled(roles: Roles, make_trajectory, make_group, *, groups: int = 8, size:
         prompt = [number + 1, 2 * number + 5]
         (micro,) = pack([make_group([make_trajectory(prompt, [([0], [])])])], token_budget=99).micro_batches(99)
         with torch.no_grad():
-            hidden = hidden_states(roles.policy.model, micro)[micro.loss_index]
+            hidden = hidden_states(roles.policy.model, micro, micro.loss_index)
             probabilities = roles.policy.model.get_output_embeddings()(hidden).float().softmax(-1)[0]
         tokens = torch.multinomial(probabilities, size, replacement=True, generator=generator).tolist()
         made.append(

@@ -50,7 +50,7 @@ def test_the_full_kl_is_torchs_own(make_groups, name):
     (micro,) = packed.micro_batches(10_000)
     logits = []
     for loaded in (roles.policy, roles.reference):
-        hidden = hidden_states(loaded.model, micro)[micro.loss_index]
+        hidden = hidden_states(loaded.model, micro, micro.loss_index)
         logits.append(torch.log_softmax(loaded.model.get_output_embeddings()(hidden).float() / 0.7, -1))
     kl = (logits[0].exp() * (logits[0] - logits[1].detach())).sum(-1)
     assert float(kl.detach().min()) > 0

@@ -167,7 +167,9 @@ def check_micro_batches(packed: PackedBatch, token_budget: int) -> None:
 @pytest.mark.parametrize("budget, sizes", [(1, [3, 1, 2, 4]), (3, [3, 3, 4]), (4, [3, 3, 4]), (6, [6, 4]), (99, [10])])
 def test_micro_batches_are_few_and_even_within_the_budget(budget: int, sizes: list[int]) -> None:
     """A sequence longer than the budget is a micro batch of its own."""
-    packed = pack_tokens(TokenSequence(ids=[0] * (n + 1), is_loss=[False] + [True] * n) for n in (3, 1, 2, 4))
+    packed = pack_tokens(
+        (TokenSequence(ids=[0] * (n + 1), is_loss=[False] + [True] * n) for n in (3, 1, 2, 4)), share_prefixes=False
+    )
     assert [micro.num_tokens for micro in packed.micro_batches(budget)] == sizes
     assert [micro.num_tokens for micro in packed.micro_batches(99, 1, 3)] == [3]
 

@@ -58,9 +58,10 @@ def test_no_sequence_sees_another() -> None:
     packed = pack_tokens(sequences())
     (micro,) = packed.micro_batches(10_000)
     with torch.no_grad():
-        before = hidden_states(model, micro)
+        everywhere = torch.arange(micro.cu_seqlens[-1])
+        before = hidden_states(model, micro, everywhere)
         micro.inputs[: micro.cu_seqlens[1]] = 17
-        after = hidden_states(model, micro)
+        after = hidden_states(model, micro, everywhere)
     assert torch.equal(before[micro.cu_seqlens[1] :], after[micro.cu_seqlens[1] :])
     assert not torch.equal(before[: micro.cu_seqlens[1]], after[: micro.cu_seqlens[1]])
 

@@ -26,15 +26,20 @@ LENGTHS = [1, 7, 64, 3]
 BOUNDS = [0, 1, 8, 72, 75]
 
 
-def reference(query, key, value, bounds, scale):
-    """[T, heads, D], causal inside each segment, keys' heads repeated as grouped attention has it."""
+SHARED = {"rows": torch.tensor([0, *range(1, 8), *range(8, 72), 8, 9, 72]), "computed_cu_seqlens": [0, 1, 8, 72, 73]}
+"""The last segment begins with two tokens of the one before it."""
+
+
+def reference(query, key, value, bounds, scale, query_bounds=None):
+    """[T, heads, D], causal inside each segment, keys' heads repeated as grouped attention has it. With fewer queries
+    than keys the last query sees the last key, as flash-attn documents from 2.1 on."""
     times = query.shape[1] // key.shape[1]
     parts = []
-    for start, stop in pairwise(bounds):
-        q, k, v = (t[start:stop].transpose(0, 1) for t in (query, key, value))
+    for (start, stop), (first, last) in zip(pairwise(bounds), pairwise(query_bounds or bounds), strict=True):
+        q, (k, v) = query[first:last].transpose(0, 1), (t[start:stop].transpose(0, 1) for t in (key, value))
         k, v = k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)
         scores = (q @ k.transpose(1, 2)) * scale
-        seen = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+        seen = torch.ones(last - first, stop - start, dtype=torch.bool).tril(stop - start - (last - first))
         parts.append((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1))
     return torch.cat(parts)
 
@@ -42,9 +47,13 @@ def reference(query, key, value, bounds, scale):
 def check_varlen_arguments(query, key, value, offsets_q, offsets_k, longest_q, longest_k):
     assert query.dim() == key.dim() == value.dim() == 3 and key.shape == value.shape
     assert all(tensor.stride(-1) == 1 for tensor in (query, key, value))
-    assert offsets_q is offsets_k and offsets_q.dtype == torch.int32 and offsets_q.is_contiguous()
-    assert offsets_q.tolist() == BOUNDS and offsets_q.device == query.device
-    assert type(longest_q) is int and longest_q == longest_k == max(LENGTHS)
+    for offsets in (offsets_q, offsets_k):
+        assert offsets.dtype == torch.int32 and offsets.is_contiguous() and offsets.device == query.device
+    assert offsets_k.tolist() == BOUNDS and type(longest_q) is int and longest_q == longest_k == max(LENGTHS)
+    if query.shape[0] == BOUNDS[-1]:
+        assert offsets_q is offsets_k
+    else:
+        assert offsets_q.tolist() == SHARED["computed_cu_seqlens"]
 
 
 @pytest.fixture
@@ -76,7 +85,7 @@ def flash_attn(monkeypatch, offered):
         check_varlen_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         assert causal and dropout_p == 0.0 and window_size == (-1, -1) and not return_attn_probs
         offered.append(cu_seqlens_q)
-        return reference(q, k, v, cu_seqlens_q.tolist(), softmax_scale)
+        return reference(q, k, v, cu_seqlens_k.tolist(), softmax_scale, cu_seqlens_q.tolist())
 
     package = types.ModuleType("flash_attn")
     package.flash_attn_varlen_func = flash_attn_varlen_func
@@ -94,20 +103,34 @@ def xformers(monkeypatch, offered):
             assert isinstance(q_seqlen, list) and kv_seqlen is None and device == CPU
             return cls(q_seqlen)
 
+    class BlockDiagonalCausalFromBottomRightMask:
+        @classmethod
+        def from_seqlens(cls, q_seqlen, kv_seqlen, *, device=None):
+            assert isinstance(q_seqlen, list) and device == CPU
+            assert all(asking <= length for asking, length in zip(q_seqlen, kv_seqlen, strict=True))
+            made = cls()
+            made.query_lengths, made.lengths = q_seqlen, kv_seqlen
+            return made
+
+    masks = (BlockDiagonalCausalMask, BlockDiagonalCausalFromBottomRightMask)
+
     def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
-        assert query.shape == key.shape == value.shape and query.dim() == 4 and query.shape[0] == 1
-        assert isinstance(attn_bias, BlockDiagonalCausalMask) and p == 0.0
+        assert key.shape == value.shape and query.shape[2:] == key.shape[2:] and query.dim() == 4
+        assert query.shape[0] == 1 and isinstance(attn_bias, masks) and p == 0.0
         assert all(tensor.stride(-1) == 1 for tensor in (query, key, value))
         offered.append(attn_bias)
-        bounds = [0, *torch.tensor(attn_bias.lengths).cumsum(0).tolist()]
-        return reference(query[0], key[0], value[0], bounds, scale)[None]
+        keys = [0, *torch.tensor(attn_bias.lengths).cumsum(0).tolist()]
+        queries = [0, *torch.tensor(getattr(attn_bias, "query_lengths", attn_bias.lengths)).cumsum(0).tolist()]
+        return reference(query[0], key[0], value[0], keys, scale, queries)[None]
 
     modules = {
         name: types.ModuleType(name)
         for name in ("xformers", "xformers.ops", "xformers.ops.fmha", "xformers.ops.fmha.attn_bias")
     }
     modules["xformers.ops"].memory_efficient_attention = memory_efficient_attention
-    modules["xformers.ops.fmha.attn_bias"].BlockDiagonalCausalMask = BlockDiagonalCausalMask
+    for mask in masks:
+        setattr(modules["xformers.ops.fmha.attn_bias"], mask.__name__, mask)
+    modules["xformers.ops.fmha"].attn_bias = modules["xformers.ops.fmha.attn_bias"]
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
 
@@ -117,7 +140,7 @@ def torch_before_2_11(offered):
         assert is_causal and query.shape[1] == key.shape[1]
         check_varlen_arguments(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
         offered.append(cu_seq_q)
-        return reference(query, key, value, cu_seq_q.tolist(), scale)
+        return reference(query, key, value, cu_seq_k.tolist(), scale, cu_seq_q.tolist())
 
     return varlen_attn
 
@@ -129,7 +152,7 @@ def torch_2_11(offered):
         assert window_size == (-1, 0) and query.shape[1] == key.shape[1]
         check_varlen_arguments(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
         offered.append(cu_seq_q)
-        return reference(query, key, value, cu_seq_q.tolist(), scale)
+        return reference(query, key, value, cu_seq_k.tolist(), scale, cu_seq_q.tolist())
 
     return varlen_attn
 
@@ -156,28 +179,30 @@ def torch_2_12(offered):
         assert seqused_k is None and block_table is None and return_aux is None
         check_varlen_arguments(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
         offered.append(cu_seq_q)
-        return reference(query, key, value, cu_seq_q.tolist(), scale)
+        return reference(query, key, value, cu_seq_k.tolist(), scale, cu_seq_q.tolist())
 
     return varlen_attn
 
 
-def tensors(kv_heads, dtype):
-    """As a decoder layer has them: [1, heads, T, D], not contiguous."""
+def tensors(kv_heads, dtype, number):
+    """As a decoder layer has them: [1, heads, number, D], not contiguous."""
     draws = torch.Generator().manual_seed(0)
     made = []
     for heads in (6, kv_heads, kv_heads):
-        values = torch.randn(1, sum(LENGTHS), heads, 16, generator=draws).to(dtype)
+        values = torch.randn(1, number, heads, 16, generator=draws).to(dtype)
         made.append(values.transpose(1, 2).requires_grad_())
     return made
 
 
-def through(door, kv_heads, dtype):
+def through(door, kv_heads, dtype, shared=None):
     """Output and gradients of two layers' calls by one state."""
-    state = PackedAttention(BOUNDS)
+    shared = shared or {}
+    state = PackedAttention(BOUNDS, **shared)
     state._choice = Choice(door, "", DOORS.get(door))
-    inputs = tensors(kv_heads, dtype)
+    number = shared["computed_cu_seqlens"][-1] if shared else BOUNDS[-1]
+    inputs = tensors(kv_heads, dtype, number)
     outputs = [state.attend(layer, *inputs, 0.3) for layer in range(2)]
-    assert outputs[0].shape == (1, sum(LENGTHS), 6, 16)
+    assert outputs[0].shape == (1, number, 6, 16)
     weights = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     gradients = torch.autograd.grad((outputs[0] * weights).sum(), inputs)
     return [outputs[0], outputs[1], *gradients]
@@ -195,13 +220,14 @@ def through(door, kv_heads, dtype):
         ("torch_varlen", torch_2_12),
     ],
 )
+@pytest.mark.parametrize("shared", [None, SHARED], ids=["apart", "shared"])
 def test_door_is_per_segment_attention(
-    door, version, kv_heads, dtype, tolerance, offered, flash_attn, xformers, monkeypatch
+    shared, door, version, kv_heads, dtype, tolerance, offered, flash_attn, xformers, monkeypatch
 ):
     if version is not None:
         monkeypatch.setattr(torch_varlen, "varlen_attn", version(offered))
-    expected = through("per_segment", kv_heads, dtype)
-    found = through(door, kv_heads, dtype)
+    expected = through("per_segment", kv_heads, dtype, shared)
+    found = through(door, kv_heads, dtype, shared)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype
         scale = float(other.detach().abs().max())
@@ -211,7 +237,7 @@ def test_door_is_per_segment_attention(
 
 def test_the_installed_torch_takes_what_its_door_gives():
     """Up to the kernel itself, which needs CUDA."""
-    query, key, value = tensors(2, torch.bfloat16)
+    query, key, value = tensors(2, torch.bfloat16, BOUNDS[-1])
     state = PackedAttention(BOUNDS)
     state._choice = Choice("torch_varlen", "", DOORS["torch_varlen"])
     with pytest.raises(NotImplementedError, match="_flash_attention_forward"):

@@ -55,6 +55,70 @@ def test_packing_examples():
 def test_packing_names_what_is_wrong(lengths, budget, name):
     with pytest.raises(ValueError, match=name):
         host.pack_segments(lengths, budget)
+    with pytest.raises(ValueError, match="prefixes are of 1 segments, expected 2"):
+        host.pack_segments([1, 2], 5, [[]])
+
+
+SEQUENCES = st.lists(st.lists(st.integers(0, 2), max_size=7), max_size=9)
+
+
+def common(one: list[int], other: list[int]) -> int:
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(SEQUENCES)
+def test_shared_prefixes_are_the_longest_whatever_the_first_sequence_is(sequences):
+    prefixes = host.shared_prefixes(sequences)
+    assert len(prefixes) == len(sequences)
+    for number, sequence in enumerate(sequences):
+        for first in range(number + 1):
+            source, length = host.held_prefix(prefixes[number], first)
+            longest = max((common(sequence, sequences[other]) for other in range(first, number)), default=0)
+            assert length == min(longest, max(0, len(sequence) - 1)), "its last token is its own"
+            if length:
+                assert first <= source < number and sequences[source][:length] == sequence[:length]
+
+
+def computed(sequences: list[list[int]]) -> int:
+    """Tokens that a pass over them computes: distinct beginnings, and every sequence's last token."""
+    beginnings = {tuple(one[: end + 1]) for one in sequences for end in range(len(one) - 1)}
+    ends = [one for number, one in enumerate(sequences) if one and not is_held_whole(sequences, number)]
+    again = sum(bool(one) for one in sequences) - len(ends)
+    return len(beginnings | {tuple(one) for one in ends}) + again
+
+
+def is_held_whole(sequences: list[list[int]], number: int) -> bool:
+    return any(other[: len(sequences[number])] == sequences[number] for other in sequences[:number])
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(SEQUENCES, st.integers(1, 25))
+def test_packing_with_shared_prefixes_counts_each_once(sequences, budget):
+    lengths, prefixes = list(map(len, sequences)), host.shared_prefixes(sequences)
+    bounds = host.pack_segments(lengths, budget, prefixes)
+    assert bounds == host.pack_segments_reference(lengths, budget, prefixes)
+    assert bounds == sorted(set(bounds)) and bounds[0] == 0 and bounds[-1] == len(lengths)
+    for begin, end in itertools.pairwise(bounds):
+        held = [host.held_prefix(prefixes[number], begin)[1] for number in range(begin, end)]
+        run = [length - own for length, own in zip(lengths[begin:end], held, strict=True)]
+        assert sum(run) <= budget or sum(length > 0 for length in lengths[begin:end]) == 1
+
+
+@settings(max_examples=min(EXAMPLES, 2000), deadline=None)
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=5), min_size=1, max_size=7), st.integers(5, 14))
+def test_packing_with_shared_prefixes_is_optimal(sequences, budget):
+    """Against every way to cut, and a count that knows nothing of sources."""
+    cuts = itertools.chain.from_iterable(
+        itertools.combinations(range(1, len(sequences)), k) for k in range(len(sequences))
+    )
+    ways = [[computed(sequences[a:b]) for a, b in itertools.pairwise([0, *cut, len(sequences)])] for cut in cuts]
+    best = min((len(way), max(way)) for way in ways if max(way) <= budget)
+    bounds = host.pack_segments(list(map(len, sequences)), budget, host.shared_prefixes(sequences))
+    mine = [computed(sequences[a:b]) for a, b in itertools.pairwise(bounds)]
+    assert (len(mine), max(mine)) == best
 
 
 PIECES = st.sampled_from(

@@ -224,6 +224,22 @@ def test_trajectories_that_are_alike_are_cut_evenly():
     assert micro_batch_tokens(config, Lengths(**given, alike=True)) == longest == 900
 
 
+@pytest.mark.parametrize(
+    ("budget", "expected", "without"),
+    [(99_999, 6 * 300 + 30 * 200, 36 * 300), (1000, 300 + 2 * 200 + 300, 3 * 300), (299, 300, 300)],
+)
+def test_a_groups_prompt_counts_once_in_a_micro_batch(budget, expected, without):
+    """Six groups of six that begin with 100 tokens alike: 300 for a group's first in a micro batch, 200 for others."""
+    config = load_recipe(
+        ["quickstart"],
+        {"train.token_budget": [str(budget)], "train.questions_per_step": ["6"], "train.group_size": ["6"]},
+    )
+    lengths = Lengths(trajectory=300, written=50, simulation=1, alike=True, shared=100)
+    assert micro_batch_tokens(config, lengths) == expected
+    apart = changed(config, "train.share_prefixes", False)
+    assert micro_batch_tokens(apart, lengths) == without
+
+
 @pytest.mark.parametrize(("name", "card"), CARDS.items())
 def test_recipes_for_cards_fit_theirs(name, card):
     config = load_recipe([name])

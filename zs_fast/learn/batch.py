@@ -15,10 +15,25 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from zs_fast.host import pack_segments
+from zs_fast.host import Prefixes, held_prefix, pack_segments
 from zs_fast.types import StopReason
 
 PER_SEQUENCE_COLUMNS = frozenset({"rewards", "group", "trainable"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedPrefixes:
+    """Which tokens of a micro batch a pass computes where sequences begin alike: every prefix once.
+
+    Sequences (p q a) and (p q b c): computed [0 1 2 5 6], rows [0 1 2 | 0 1 3 4], cu_seqlens (0, 3, 5).
+    """
+
+    computed: Tensor
+    """[u] int64, rising: the tokens that are computed"""
+    rows: Tensor
+    """[n] int64, which computed token stands for each token"""
+    cu_seqlens: tuple[int, ...]
+    """Start of each sequence's computed tokens, then u. Each has one at least: its last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +56,13 @@ class MicroBatch:
     """Where these tokens are in the batch's per-token columns."""
     loss_tokens: slice
     """Where these loss tokens are among the batch's M loss tokens."""
+    shared: SharedPrefixes | None = None
+    """None where every token is computed."""
 
     @property
     def num_tokens(self) -> int:
-        return len(range(self.tokens.start, self.tokens.stop))
+        """Tokens that a pass computes: a prefix that sequences share counts once."""
+        return self.cu_seqlens[-1] if self.shared is None else self.shared.cu_seqlens[-1]
 
     @property
     def num_loss_tokens(self) -> int:
@@ -92,6 +110,8 @@ class PackedTokens:
     """[S + 1] start of each sequence, then N. A sequence without loss tokens has no tokens at all."""
     loss_offsets: tuple[int, ...]
     """[S + 1] number of loss tokens before each sequence, then M"""
+    prefixes: tuple[Prefixes, ...] = ()
+    """[S] which earlier sequences each begins alike with (`host.shared_prefixes`); empty where none is to be shared"""
 
     @property
     def num_tokens(self) -> int:
@@ -136,17 +156,46 @@ class PackedTokens:
             loss_cu_seqlens=tuple(dict.fromkeys(bound - loss_start for bound in loss_bounds)),
             tokens=slice(start, stop),
             loss_tokens=slice(loss_start, loss_stop),
+            shared=self._shared(first, last),
+        )
+
+    def _shared(self, first: int, last: int) -> SharedPrefixes | None:
+        """What sequences first .. last - 1 have in common; None for nothing."""
+        if not any(held_prefix(pairs, first)[1] for pairs in self.prefixes[first:last]):
+            return None
+        start = self.cu_seqlens[first]
+        rows: list[Tensor] = []
+        computed: list[Tensor] = []
+        bounds = [0]
+        for number in range(first, last):
+            begin, end = self.cu_seqlens[number] - start, self.cu_seqlens[number + 1] - start
+            source, length = held_prefix(self.prefixes[number], first)
+            own = torch.arange(begin + length, end)
+            own_rows = torch.arange(bounds[-1], bounds[-1] + len(own))
+            rows.append(torch.cat([rows[source - first][:length], own_rows]) if length else own_rows)
+            computed.append(own)
+            if len(own):
+                bounds.append(bounds[-1] + len(own))
+        device = self.inputs.device
+        return SharedPrefixes(
+            computed=torch.cat(computed).to(device, non_blocking=True),
+            rows=torch.cat(rows).to(device, non_blocking=True),
+            cu_seqlens=tuple(bounds),
         )
 
     def micro_batches(self, token_budget: int, first: int = 0, last: int | None = None) -> Iterator[MicroBatch]:
-        """Sequences first .. last - 1 (all by default) in order, cut into views of at most `token_budget` tokens.
+        """Sequences first .. last - 1 (all by default) in order, cut into views that compute at most `token_budget`.
 
         As few views as the budget allows, as even as that allows. A single sequence longer than the budget is a micro
         batch of its own. Views without loss tokens are left out: they would add nothing to a loss.
         """
         last = self.num_sequences if last is None else last
         lengths = [stop - start for start, stop in pairwise(self.cu_seqlens[first : last + 1])]
-        for begin, end in pairwise(pack_segments(lengths, token_budget)):
+        prefixes = [
+            [(source - first, length) for source, length in pairs if source >= first]
+            for pairs in self.prefixes[first:last]
+        ]
+        for begin, end in pairwise(pack_segments(lengths, token_budget, prefixes)):
             yield from self._with_loss(first + begin, first + end)
 
     def _with_loss(self, first: int, last: int) -> Iterator[MicroBatch]:

@@ -62,7 +62,7 @@ class Critic(nn.Module):
 
     def values(self, micro: MicroBatch, index: Tensor | None = None) -> Tensor:
         """[m] float32: the value before each loss token, or before the tokens of `index`."""
-        hidden = hidden_states(self, micro).index_select(0, micro.loss_index if index is None else index)
+        hidden = hidden_states(self, micro, micro.loss_index if index is None else index)
         values: Tensor = self.value_head(hidden.float()).squeeze(1)
         return values
 

@@ -73,7 +73,7 @@ def micro_batch_loss(
     reference: the frozen model that `algorithm.kl_estimator = "full"` compares whole distributions with.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    hidden = hidden_states(model, micro).index_select(0, micro.loss_index)
+    hidden = hidden_states(model, micro, micro.loss_index)
     kl_in_loss = batch.kl_coefficient if config.kl_in == "loss" else 0.0
     apart = config.kl_estimator == "full" or config.legacy == "zerosearch"
     settings = PolicyLossSettings(
@@ -159,7 +159,7 @@ def _full_kl(hidden: Tensor, head: Any, reference: nn.Module, micro: MicroBatch,
 
     def compare() -> Tensor:
         with torch.no_grad():
-            ref_hidden = hidden_states(reference, micro).index_select(0, micro.loss_index)
+            ref_hidden = hidden_states(reference, micro, micro.loss_index)
         return linear_kl(
             hidden,
             ref_hidden,

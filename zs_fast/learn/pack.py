@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from zs_fast.host import shared_prefixes
 from zs_fast.learn.batch import PackedBatch, PackedTokens
 from zs_fast.types import Group, StopReason, Trajectory
 
@@ -24,8 +26,11 @@ class TokenSequence:
     is_loss: Sequence[bool]
 
 
-def pack_tokens(sequences: Iterable[TokenSequence]) -> PackedTokens:
-    """Sequences laid end to end on the CPU. A sequence's first token can't be a loss token: nothing precedes it."""
+def pack_tokens(sequences: Iterable[TokenSequence], *, share_prefixes: bool = True) -> PackedTokens:
+    """Sequences laid end to end on the CPU. A sequence's first token can't be a loss token: nothing precedes it.
+
+    share_prefixes: let passes compute once what several sequences begin with.
+    """
     inputs: list[int] = []
     targets: list[int] = []
     flags: list[bool] = []
@@ -42,6 +47,7 @@ def pack_tokens(sequences: Iterable[TokenSequence]) -> PackedTokens:
         flags += is_loss[1 : end + 1]
         cu_seqlens.append(len(inputs))
         loss_offsets.append(loss_offsets[-1] + sum(is_loss))
+    prefixes = shared_prefixes([inputs[a:b] for a, b in pairwise(cu_seqlens)]) if share_prefixes else []
     lengths = torch.tensor(cu_seqlens).diff()
     starts = torch.tensor(cu_seqlens[:-1], dtype=torch.int64)
     loss_mask = torch.tensor(flags, dtype=torch.bool)
@@ -54,6 +60,7 @@ def pack_tokens(sequences: Iterable[TokenSequence]) -> PackedTokens:
         loss_index=loss_mask.nonzero().squeeze(1),
         cu_seqlens=tuple(cu_seqlens),
         loss_offsets=tuple(loss_offsets),
+        prefixes=tuple(prefixes),
     )
 
 
@@ -92,6 +99,7 @@ def pack(
     groups: Sequence[Group],
     *,
     token_budget: int,
+    share_prefixes: bool = True,
     mask: Collection[StopReason | str] = (),
     mask_documents: bool = True,
     places: Sequence[int] | None = None,
@@ -99,17 +107,19 @@ def pack(
 ) -> PackedBatch:
     """One step's groups, or this process's share of them, as a packed batch on the CPU, in their order.
 
-    token_budget: most tokens in one micro batch; a longer trajectory is a micro batch of its own.
+    token_budget: most tokens that one micro batch computes; a longer trajectory is a micro batch of its own.
+    share_prefixes: compute what trajectories begin with alike once (`train.share_prefixes`).
     mask: trajectories that ended so are not trainable (`algorithm.mask_stop_reasons`); neither are those whose
     `trainable` is False. mask_documents: False trains on the search's documents as if the policy had written them.
     places, num_places: where each group stands among how many of the step; by default these groups are all.
     """
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     trainable = [t.trainable and t.stop_reason not in mask for t in trajectories]
-    tokens = pack_tokens(
+    sequences = [
         token_sequence(t, trainable=keep, mask_documents=mask_documents)
         for t, keep in zip(trajectories, trainable, strict=True)
-    )
+    ]
+    tokens = pack_tokens(sequences, share_prefixes=share_prefixes)
     group_offsets = [0]
     for group in groups:
         group_offsets.append(group_offsets[-1] + len(group.trajectories))
@@ -127,6 +137,7 @@ def pack(
         **_columns(tokens),
         cu_seqlens=tokens.cu_seqlens,
         loss_offsets=tokens.loss_offsets,
+        prefixes=tokens.prefixes,
         rollout_logprobs=rollout_logprobs,
         rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float64),
         group=torch.arange(len(groups)).repeat_interleave(sizes),

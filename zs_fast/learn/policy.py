@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zs_fast.learn.batch import MicroBatch
@@ -18,16 +19,23 @@ from zs_fast.models.attention import PackedAttention
 from zs_kernels import TokenLogprobs, linear_logprobs
 
 
-def hidden_states(model: nn.Module, micro: MicroBatch) -> Tensor:
-    """[n, H]: the trunk's last hidden states of all tokens; no sequence sees another."""
+def hidden_states(model: nn.Module, micro: MicroBatch, index: Tensor) -> Tensor:
+    """[i, H]: the trunk's last hidden states of the tokens `index` [i] int64; no sequence sees another.
+
+    The trunk runs once over all packed tokens, over a prefix that sequences share once for all of them
+    (arXiv:2506.05433): its gradient is the sum of what they would have given it.
+    """
     trunk: Any = model.model
-    output = trunk(
-        input_ids=micro.inputs[None],
-        position_ids=micro.positions[None],
-        use_cache=False,
-        attention_state=PackedAttention(micro.cu_seqlens),
-    )
-    hidden: Tensor = output.last_hidden_state[0]
+    inputs, positions, shared = micro.inputs, micro.positions, micro.shared
+    if shared is None:
+        attention = PackedAttention(micro.cu_seqlens)
+    else:
+        inputs, positions = inputs[shared.computed], positions[shared.computed]
+        attention = PackedAttention(micro.cu_seqlens, rows=shared.rows, computed_cu_seqlens=shared.cu_seqlens)
+        index = shared.rows[index]
+    output = trunk(input_ids=inputs[None], position_ids=positions[None], use_cache=False, attention_state=attention)
+    # Tokens may share a row; on CUDA embedding's backward pass adds them in a fixed order, index_select's does not.
+    hidden: Tensor = F.embedding(index, output.last_hidden_state[0])
     return hidden
 
 
@@ -36,7 +44,7 @@ def logprobs_at_loss_tokens(
 ) -> TokenLogprobs:
     """Log-probability (and entropy when asked) of each loss token at the sampling temperature: [m] float32, in nats."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    hidden = hidden_states(model, micro).index_select(0, micro.loss_index)
+    hidden = hidden_states(model, micro, micro.loss_index)
     return linear_logprobs(
         hidden, head.weight, micro.loss_targets, bias=head.bias, temperature=temperature, entropy=entropy
     )

@@ -33,22 +33,35 @@ class AttentionState(Protocol):
 
 
 class PackedAttention:
-    """Causal attention inside each packed sequence, for forward and backward. No mask is ever built.
+    """Causal attention inside each packed sequence, for forward and backward. No [T, T] mask is ever built.
 
     `cu_seqlens` are the S + 1 cumulative lengths of the S sequences: [0, 3, 5] packs one of 3 and one of 2 tokens.
     `door` names the kernel (see models/varlen.py); by default it is the run's, as `use_attention` set it.
+
+    `rows` [T] int64 and `computed_cu_seqlens`: where sequences share their prefixes, the forward computes fewer tokens
+    than the T packed ones, of each sequence its last. `rows` says which computed one stands for each packed one.
     """
 
-    def __init__(self, cu_seqlens: Sequence[int], door: str | None = None) -> None:
-        self._segments = Segments(tuple(int(bound) for bound in cu_seqlens))
+    def __init__(
+        self,
+        cu_seqlens: Sequence[int],
+        door: str | None = None,
+        *,
+        rows: Tensor | None = None,
+        computed_cu_seqlens: Sequence[int] = (),
+    ) -> None:
+        self._segments = Segments(tuple(map(int, cu_seqlens)), tuple(map(int, computed_cu_seqlens)))
+        self._rows = rows
         self._wanted = _Wanted.door if door is None else door
         self._choice: Choice | None = None
 
     def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        if query.shape[2] != self._segments.num_tokens:
+        if query.shape[2] != self._segments.num_queries:
             raise ValueError(
-                f"attention over {query.shape[2]} tokens, but cu_seqlens end at {self._segments.num_tokens}"
+                f"attention over {query.shape[2]} tokens, but cu_seqlens end at {self._segments.num_queries}"
             )
+        if self._rows is not None:
+            key, value = _of_packed(key, self._rows), _of_packed(value, self._rows)
         if self._choice is None:
             self._choice = choose(self._wanted, query.device, query.dtype, query.shape[3])
         if self._choice.door is None:
@@ -59,15 +72,37 @@ class PackedAttention:
     def _per_segment(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """One scaled-dot-product call per sequence: exact, and cheaper than a [T, T] mask on every device."""
         grouped = query.shape[1] != key.shape[1]
-        lengths = self._segments.lengths
-        outputs = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-            for q, k, v in zip(
-                query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True
-            )
-        ]
+        segments = self._segments
+        queries = query.split(segments.query_lengths, dim=2)
+        keys, values = (tensor.split(segments.lengths, dim=2) for tensor in (key, value))
+        outputs = []
+        for q, k, v in zip(queries, keys, values, strict=True):
+            seen: dict[str, Any] = {"is_causal": True}
+            if q.shape[2] < k.shape[2]:  # is_causal would let the first query see the first key alone
+                seen = {"attn_mask": self._causal_mask(query)[k.shape[2] - q.shape[2] : k.shape[2], : k.shape[2]]}
+            outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=grouped, **seen))
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         return joined.transpose(1, 2)
+
+    def _causal_mask(self, like: Tensor) -> Tensor:
+        """[longest, longest]: row n is that of a query at place n of its sequence. Made once per micro batch."""
+        longest = self._segments.longest
+
+        def make() -> Tensor:
+            return like.new_full((longest, longest), float("-inf")).triu_(1)
+
+        mask: Tensor = self._segments.once(("causal mask", like.device, like.dtype), make)
+        return mask
+
+
+def _of_packed(heads: Tensor, rows: Tensor) -> Tensor:
+    """[1, kv_heads, computed, head_dim] -> [1, kv_heads, T, head_dim], each packed token its row's.
+
+    By `embedding`, whose backward pass adds what a row's copies were given in a fixed order, on CUDA too.
+    """
+    by_token = heads[0].transpose(0, 1)
+    packed = F.embedding(rows, by_token.flatten(1))
+    return packed.unflatten(1, by_token.shape[1:]).transpose(0, 1)[None]
 
 
 class _Wanted:

@@ -1,9 +1,9 @@
 """Attention over packed sequences by kernels of torch, flash-attn and xformers: one door each, and which one is taken.
 
-A door takes query [T, heads, head_dim] and key and value [T, kv_heads, head_dim] of T packed tokens, and gives
-[T, heads, head_dim]; each sequence attends to itself alone, causally, and no mask is ever built. The kernels run on
-CUDA in half precision only: everything else takes `per_segment`, one call of torch's own attention per sequence.
-None of them has been measured here on a GPU.
+A door takes query [Q, heads, head_dim] and key and value [T, kv_heads, head_dim] of T packed tokens, and gives
+[Q, heads, head_dim]; each sequence attends to itself alone, causally, and no [T, T] mask is ever built. Q is T, or less
+where only each sequence's last tokens ask. The kernels run on CUDA in half precision only: everything else takes
+`per_segment`, one call of torch's own attention per sequence. None of them has been measured here on a GPU.
 """
 
 from __future__ import annotations
@@ -29,37 +29,58 @@ MAX_HEAD_DIM, HEAD_DIM_STEP = 256, 8
 
 @dataclass(slots=True)
 class Segments:
-    """Where the packed sequences lie. [0, 3, 5] are one of 3 and one of 2 tokens.
+    """Where the packed sequences lie. [0, 3, 5] are one of 3 and one of 2 tokens; with the query bounds [0, 3, 4] only
+    the second's last token asks.
 
     Made once per micro batch. What the kernels need of it on the card is made by the first layer and kept for the
     others; the lengths stay Python numbers, so that nothing waits for the device.
     """
 
     bounds: tuple[int, ...]
+    query_bounds: tuple[int, ...] = ()
+    """The bounds themselves where none are given: every token asks."""
     _made: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.bounds) < 2 or self.bounds[0] != 0 or any(a >= b for a, b in pairwise(self.bounds)):
-            raise ValueError(f"cu_seqlens must start at 0 and rise strictly, got {list(self.bounds[:8])}")
+        self.query_bounds = self.query_bounds or self.bounds
+        for bounds in (self.bounds, self.query_bounds):
+            if len(bounds) < 2 or bounds[0] != 0 or any(a >= b for a, b in pairwise(bounds)):
+                raise ValueError(f"cu_seqlens must start at 0 and rise strictly, got {list(bounds[:8])}")
+        if len(self.bounds) != len(self.query_bounds):
+            raise ValueError(f"{len(self.bounds) - 1} sequences, but queries of {len(self.query_bounds) - 1}")
+        if any(asking > length for asking, length in zip(self.query_lengths, self.lengths, strict=True)):
+            raise ValueError("more tokens of a sequence ask than it has")
 
     @property
     def lengths(self) -> list[int]:
         return [b - a for a, b in pairwise(self.bounds)]
 
     @property
-    def num_tokens(self) -> int:
-        return self.bounds[-1]
+    def query_lengths(self) -> list[int]:
+        return [b - a for a, b in pairwise(self.query_bounds)]
+
+    @property
+    def num_queries(self) -> int:
+        return self.query_bounds[-1]
 
     @property
     def longest(self) -> int:
         return max(self.lengths)
 
-    def offsets(self, device: torch.device) -> Tensor:
-        """[S + 1] int32 on `device`: the bounds."""
-        made: Tensor = self.once(
-            ("offsets", device),
-            lambda: torch.tensor(self.bounds, dtype=torch.int32).to(device, non_blocking=True),
-        )
+    @property
+    def longest_query(self) -> int:
+        return max(self.query_lengths)
+
+    def offsets(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[S + 1] int32 on `device`: the bounds of queries, and of keys."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            keys = torch.tensor(self.bounds, dtype=torch.int32).to(device, non_blocking=True)
+            if self.query_bounds == self.bounds:
+                return keys, keys
+            return torch.tensor(self.query_bounds, dtype=torch.int32).to(device, non_blocking=True), keys
+
+        made: tuple[Tensor, Tensor] = self.once(("offsets", device), make)
         return made
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -110,18 +131,18 @@ def _torch_varlen(segments: Segments, query: Tensor, key: Tensor, value: Tensor,
             options["enable_gqa"] = True
         else:
             key, value = _repeated(key, query), _repeated(value, query)
-    offsets, longest = segments.offsets(query.device), segments.longest
-    output: Tensor = varlen_attn(query, key, value, offsets, offsets, longest, longest, **options)
+    lengths = segments.longest_query, segments.longest
+    output: Tensor = varlen_attn(query, key, value, *segments.offsets(query.device), *lengths, **options)
     return output
 
 
 def _flash_attn(segments: Segments, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Fewer heads of keys than of queries are its own business."""
+    """Fewer heads of keys than of queries are its own business. From 2.1 on the last query sees the last key."""
     from flash_attn import flash_attn_varlen_func
 
-    offsets, longest = segments.offsets(query.device), segments.longest
+    lengths = segments.longest_query, segments.longest
     output: Tensor = flash_attn_varlen_func(
-        query, key, value, offsets, offsets, longest, longest, softmax_scale=scaling, causal=True
+        query, key, value, *segments.offsets(query.device), *lengths, softmax_scale=scaling, causal=True
     )
     return output
 
@@ -129,10 +150,14 @@ def _flash_attn(segments: Segments, query: Tensor, key: Tensor, value: Tensor, s
 def _xformers(segments: Segments, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Its grouped form has no backward pass, so keys and values are repeated."""
     from xformers.ops import memory_efficient_attention
-    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+    from xformers.ops.fmha import attn_bias
 
     def make() -> Any:
-        return BlockDiagonalCausalMask.from_seqlens(segments.lengths, device=query.device)
+        if segments.query_bounds == segments.bounds:
+            return attn_bias.BlockDiagonalCausalMask.from_seqlens(segments.lengths, device=query.device)
+        return attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
+            segments.query_lengths, segments.lengths, device=query.device
+        )
 
     bias = segments.once(("xformers", query.device), make)
     key, value = _repeated(key, query), _repeated(value, query)

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 from zs_fast.config import RunConfig
 from zs_fast.errors import PreflightError
+from zs_fast.host import held_prefix, pack_segments
 from zs_fast.system.shapes import Shape, adapter_rank_at, shape_of
 from zs_fast.types import Role
 
@@ -113,6 +115,8 @@ class Lengths:
     simulation: int
     alike: bool = False
     """All are exactly as long; otherwise shorter ones may fill a micro batch up to its budget."""
+    shared: int = 0
+    """Of a trajectory's, where all are alike: what its group begins with, which passes may compute once."""
 
 
 def longest(config: RunConfig) -> Lengths:
@@ -292,10 +296,16 @@ def _passing_elements(shape: Shape) -> int:
 def micro_batch_tokens(config: RunConfig, lengths: Lengths) -> int:
     """Tokens of the largest micro batch: the budget, where a mini batch has that many and one trajectory no more.
     Trajectories that are all alike are cut into as few as the budget allows, as evenly as that."""
-    trajectories = -(-config.train.questions_per_step // config.train.mini_batches) * config.train.group_size
+    size = config.train.group_size
+    trajectories = -(-config.train.questions_per_step // config.train.mini_batches) * size
     if lengths.alike:
-        number = -(-trajectories // max(1, config.train.token_budget // lengths.trajectory))
-        return -(-trajectories // number) * lengths.trajectory
+        shared = lengths.shared if config.train.share_prefixes else 0
+        prefixes = [[(number - 1, shared)] if shared and number % size else [] for number in range(trajectories)]
+        bounds = pack_segments([lengths.trajectory] * trajectories, config.train.token_budget, prefixes)
+        return max(
+            sum(lengths.trajectory - held_prefix(prefixes[number], first)[1] for number in range(first, last))
+            for first, last in pairwise(bounds)
+        )
     return min(max(config.train.token_budget, lengths.trajectory), trajectories * lengths.trajectory)
 
 

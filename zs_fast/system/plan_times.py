@@ -36,6 +36,8 @@ class Workload:
     """Tokens of all observations, per trajectory."""
     context: float
     """Tokens of a whole trajectory."""
+    computed: float
+    """Of those, what a pass over the batch computes: prefixes that trajectories share count once."""
     asked: float = 0.0
     """Tokens of the simulator's prompt for a search."""
     answered: float = 0.0
@@ -48,13 +50,16 @@ def usual_workload(config: RunConfig) -> Workload:
     searches = SEARCHES_PER_CHANCE * (game.max_turns - 1)
     written = (searches + 1) * min(TOKENS_PER_TURN, game.max_new_tokens)
     documents = searches * min(TOKENS_PER_ANSWER, game.max_observation_tokens)
+    context = min(POLICY_PROMPT_TOKENS + written + documents, game.max_context_tokens)
+    shared = POLICY_PROMPT_TOKENS * (1.0 - 1.0 / train.group_size) if train.share_prefixes else 0.0
     return Workload(
         trajectories=train.questions_per_step * train.group_size,
         searches=searches,
         prompt=POLICY_PROMPT_TOKENS,
         written=written,
         documents=documents,
-        context=min(POLICY_PROMPT_TOKENS + written + documents, game.max_context_tokens),
+        context=context,
+        computed=context - min(shared, context),
         asked=SIMULATOR_PROMPT_TOKENS[simulator.template],
         answered=min(TOKENS_PER_ANSWER, simulator.max_new_tokens),
     )
@@ -80,7 +85,7 @@ def phase_floors(config: RunConfig, hardware: Hardware, work: Workload) -> dict[
         other = shape_of(simulator.path) if simulator.kind == "model" else policy
         rollout += _decode(other, item, calls, work.answered, work.asked + work.answered, slots, hardware)
         rollout += _forward(other, calls * work.asked, 0, hardware)
-    one = _forward(policy, number * work.context, number * work.written, hardware, context=work.context)
+    one = _forward(policy, number * work.computed, number * work.written, hardware, context=work.context)
     passes = (config.algorithm.kl_coefficient > 0) + (train.mini_batches * train.epochs > 1)
     trained = (2.0 if policy_rank(config) else 3.0) + train.gradient_checkpointing
     update = one * trained * train.epochs

@@ -162,7 +162,7 @@ def test_the_entropy_bonus_is_verls(verl, aggregation):
         name="grpo", kl_coefficient=0.0, dual_clip=3.0, entropy_coefficient=0.3, aggregation=aggregation
     )
     loss, gradient, batch = case.ours(config)
-    hidden = hidden_states(case.model, case.micro)
+    hidden = hidden_states(case.model, case.micro, torch.arange(case.micro.cu_seqlens[-1]))
     logits = case.model.get_output_embeddings()(hidden).float()
     padded = torch.zeros(*case.rectangle.mask.shape, logits.shape[-1])
     for number, row in enumerate(case.rectangle.rows):
