@@ -5,6 +5,7 @@
     silu_rows     silu(gate) * up
     rotate_rows   norm of each head where there is one, rotary embedding; keys and values go to their slots
     attend_rows   softmax(scale * q . keys) values over the slot's tokens 0 .. position
+    layer_rows    one decoder layer of these pieces in a single call, the same bits
     draw_rows     one token of softmax(logits / temperature), and its log-probability in nats
 
 M, T = rows; a slot holds the keys and values of one sequence. float32 or bfloat16; sums are float32 (of a row's weights
@@ -16,6 +17,8 @@ not promise that of their products. `has_fast_rows` says whether the operators a
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +163,105 @@ def attend_rows_reference(
         weights = torch.softmax(scale * heads @ keys[slot, :, : position + 1].float().mT, -1)
         rows.append((weights @ values[slot, :, : position + 1].float()).flatten())
     return torch.stack(rows).to(q.dtype) if rows else torch.empty_like(q)
+
+
+class LayerWeights(NamedTuple):
+    """Weights [out, in] and biases [out] of a layer of Llama, Mistral, Qwen2 or Qwen3, as its module holds them."""
+
+    input_norm: Tensor
+    q: Tensor
+    q_bias: Tensor | None
+    k: Tensor
+    k_bias: Tensor | None
+    v: Tensor
+    v_bias: Tensor | None
+    q_norm: Tensor | None
+    """[D], of each head"""
+    k_norm: Tensor | None
+    o: Tensor
+    o_bias: Tensor | None
+    post_norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+def layer_rows(
+    x: Tensor,
+    weights: LayerWeights,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    slots: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    eps: float,
+    scale: float,
+    due: Tensor | None = None,
+) -> Tensor:
+    """[R, H] from x [T, H]; every token's keys and values are in its slot then. The other shapes as in rotate_rows.
+
+    due: [R] int64, the tokens whose results are wanted, all T by default; R of the last layer alone may be fewer.
+    """
+    if backend_of(x, weights.q, keys) != "native":
+        return layer_rows_reference(
+            x,
+            weights,
+            cos,
+            sin,
+            slots=slots,
+            positions=positions,
+            keys=keys,
+            values=values,
+            eps=eps,
+            scale=scale,
+            due=due,
+        )
+    out = x.new_empty(x.shape if due is None else (due.shape[0], x.shape[1]))
+    torch.ops.zs_native.layer_rows(x, *weights, cos, sin, slots, positions, keys, values, eps, scale, due, out)
+    return out
+
+
+def layer_rows_reference(
+    x: Tensor,
+    weights: LayerWeights,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    slots: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    eps: float,
+    scale: float,
+    due: Tensor | None = None,
+) -> Tensor:
+    """What `layer_rows` means, by the single pieces."""
+    normed = norm_rows(x, weights.input_norm, eps)
+    q = linear_rows(normed, weights.q, weights.q_bias)
+    k = linear_rows(normed, weights.k, weights.k_bias)
+    v = linear_rows(normed, weights.v, weights.v_bias)
+    rotate_rows(
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        slots=slots,
+        positions=positions,
+        keys=keys,
+        values=values,
+        q_norm=weights.q_norm,
+        k_norm=weights.k_norm,
+        eps=eps,
+    )
+    if due is not None:
+        q, x, slots, positions = q[due], x[due], slots[due], positions[due]
+    mixed = attend_rows(q, keys, values, slots=slots, positions=positions, scale=scale)
+    out = linear_rows(mixed, weights.o, weights.o_bias, out=x.clone(), add=True)
+    gated = linear_rows(norm_rows(out, weights.post_norm, eps), weights.up, gate=weights.gate)
+    return linear_rows(gated, weights.down, out=out, add=True)
 
 
 def draw_rows(logits: Tensor, temperatures: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:

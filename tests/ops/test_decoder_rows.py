@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,8 +13,11 @@ from torch import Tensor
 from tests.ops.instruction_sets import printed_by_each
 from zs_kernels import native_status, use_backend
 from zs_kernels.decoder_rows import (
+    LayerWeights,
     attend_rows,
     draw_rows,
+    layer_rows,
+    layer_rows_reference,
     linear_rows,
     norm_rows,
     rotate_rows,
@@ -145,6 +148,97 @@ def test_attention_is_that_of_the_reference_and_a_tokens_own(dtype, heads, kv_he
     given.keys[3, :, 8:] = torch.nan  # beyond every position there
     given.values[3, :, 8:] = torch.nan
     assert torch.equal(attend_rows(given.q, given.keys, given.values, scale=scale, **places), found)
+
+
+LAYERS = {
+    "llama": {},
+    "qwen2": {"q_bias", "k_bias", "v_bias"},
+    "qwen3": {"q_norm", "k_norm"},
+    "llama with biases": {"q_bias", "k_bias", "v_bias", "o_bias"},
+}
+
+
+def layer_weights(dtype: torch.dtype, given: Stored, hidden: int, inner: int, optional: set[str]) -> LayerWeights:
+    width, kv_width, size = given.q.shape[1], given.k.shape[1], given.keys.shape[3]
+    shapes = {
+        "input_norm": (hidden,),
+        "q": (width, hidden),
+        "q_bias": (width,),
+        "k": (kv_width, hidden),
+        "k_bias": (kv_width,),
+        "v": (kv_width, hidden),
+        "v_bias": (kv_width,),
+        "q_norm": (size,),
+        "k_norm": (size,),
+        "o": (hidden, width),
+        "o_bias": (hidden,),
+        "post_norm": (hidden,),
+        "gate": (inner, hidden),
+        "up": (inner, hidden),
+        "down": (hidden, inner),
+    }
+    made = {name: 0.3 * seeded(*shape, seed=20 + n, dtype=dtype) for n, (name, shape) in enumerate(shapes.items())}
+    absent = {"q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm"} - optional
+    return LayerWeights(**{name: None if name in absent else tensor for name, tensor in made.items()})
+
+
+def layer_of(given: Stored) -> dict[str, Any]:
+    places = {name: getattr(given, name) for name in ("cos", "sin", "slots", "positions", "keys", "values")}
+    return {**places, "eps": 1e-6, "scale": 0.2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("optional", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("due", [None, [6, 0, 3], []], ids=["all", "some", "none"])
+def test_a_layer_is_its_pieces_bit_for_bit(dtype, optional, due):
+    found, stores = [], []
+    for way in (layer_rows, layer_rows_reference):
+        given = stored(dtype)
+        weights = layer_weights(dtype, given, 48, 70, set(optional))
+        x = seeded(7, 53, seed=5, dtype=dtype)[:, :48]  # rows that do not touch
+        rows = None if due is None else torch.tensor(due, dtype=torch.int64)
+        found.append(way(x, weights, **layer_of(given), due=rows))
+        stores.append((given.keys, given.values))
+        assert torch.equal(x, seeded(7, 53, seed=5, dtype=dtype)[:, :48]), "x stays"
+    assert torch.equal(*found) and found[0].shape == (7 if due is None else len(due), 48)
+    assert torch.equal(stores[0][0], stores[1][0]) and torch.equal(stores[0][1], stores[1][1])
+    assert not torch.equal(stores[0][0], stored(dtype).keys), "all tokens are stored, whoever is due"
+
+
+def test_a_layer_is_that_of_the_reference():
+    results = []
+    for backend in ("native", "reference"):
+        given = stored(torch.float32)
+        weights = layer_weights(torch.float32, given, 48, 70, {"q_bias", "k_norm", "o_bias"})
+        with use_backend(backend):
+            results.append(layer_rows(seeded(7, 48, seed=5), weights, **layer_of(given), due=torch.tensor([1, 6])))
+    assert distance(results[0], results[1].double()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(32, 48)}, "fit each other"),
+        ({"o": torch.zeros(40, 192)}, "fit each other"),
+        ({"down": torch.zeros(48, 71)}, "K = 70"),
+        ({"gate": torch.zeros(71, 48)}, "gate"),
+        ({"post_norm": torch.zeros(47)}, "norm"),
+        ({"q_bias": torch.zeros(191)}, "bias"),
+    ],
+)
+def test_a_layer_of_weights_that_do_not_fit_is_refused(change, message):
+    given = stored(torch.float32)
+    weights = layer_weights(torch.float32, given, 48, 70, set())._replace(**change)
+    with pytest.raises(RuntimeError, match=message):
+        layer_rows(seeded(7, 48, seed=5), weights, **layer_of(given))
+
+
+def test_a_layer_refuses_rows_that_are_not_there():
+    given = stored(torch.float32)
+    weights = layer_weights(torch.float32, given, 48, 70, set())
+    for row in (7, -1):
+        with pytest.raises(RuntimeError, match="row of `due`"):
+            layer_rows(seeded(7, 48, seed=5), weights, **layer_of(given), due=torch.tensor([row]))
 
 
 def test_large_scores_do_not_overflow():

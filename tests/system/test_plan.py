@@ -350,8 +350,11 @@ def test_times_grow_with_the_work():
     config = load_recipe(["grpo_qwen2.5_3b_lora_24gb"])
     slow, fast = (plan_run(config, gpu(card)).seconds for card in ("rtx4090", "h100"))
     assert all(slow[phase] > fast[phase] > 0 for phase in slow)
-    more = plan_run(changed(config, "train.group_size", 10), gpu("rtx4090")).seconds
-    assert more[PlanPhase.UPDATE] == pytest.approx(2 * slow[PlanPhase.UPDATE], rel=0.01)
+    apart = changed(config, "train.share_prefixes", False)
+    once, twice = (plan_run(changed(apart, "train.group_size", size), gpu("rtx4090")).seconds for size in (5, 10))
+    assert twice[PlanPhase.UPDATE] == pytest.approx(2 * once[PlanPhase.UPDATE], rel=0.01)
+    assert slow[PlanPhase.UPDATE] < once[PlanPhase.UPDATE], "a group's prompt is computed once"
+    assert slow[PlanPhase.ROLLOUT] == once[PlanPhase.ROLLOUT]
 
 
 def test_what_is_moved_between_phases_is_counted_where_it_is():

@@ -22,8 +22,10 @@ from zs_fast.models.lora import LoraLinear
 from zs_fast.rollout.kv_slots import KvSlots
 from zs_kernels.decoder_rows import (
     ROW_DTYPES,
+    LayerWeights,
     attend_rows,
     has_fast_rows,
+    layer_rows,
     linear_rows,
     norm_rows,
     rotate_rows,
@@ -90,7 +92,7 @@ class RowDecoder:
         self._vocab_size = vocab_size
         self._eps = float(model.config.rms_norm_eps)
         self._head_dim = head_dim_of(model)
-        self._sizes = [model.config.num_attention_heads * self._head_dim] + [slots.num_kv_heads * self._head_dim] * 2
+        self._layers = [_Layer(layer, self._eps) for layer in decoder.layers]
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def logits(self, input_ids: Tensor, slots: Tensor, positions: Tensor, due: Tensor) -> Tensor:
@@ -100,40 +102,22 @@ class RowDecoder:
         cos, sin = self._rotary_tables(hidden)
         keys, values = self._slots.keys, self._slots.values
         assert keys is not None and values is not None
-        layers = self._decoder.layers
-        for index, layer in enumerate(layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            normed = norm_rows(hidden, layer.input_layernorm.weight, self._eps)
-            q, k, v = hidden.new_empty(hidden.shape[0], sum(self._sizes)).split(self._sizes, dim=1)
-            _linear(attention.q_proj, normed, q)
-            _linear(attention.k_proj, normed, k)
-            _linear(attention.v_proj, normed, v)
-            rotate_rows(
-                q,
-                k,
-                v,
+        last = len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
+            pass_on = layer.adapted if layer.has_adapter else layer.plain
+            hidden = pass_on(
+                hidden,
                 cos,
                 sin,
                 slots=slots,
                 positions=positions,
                 keys=keys[index],
                 values=values[index],
-                q_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
-                k_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
-                eps=self._eps,
+                due=due if index == last else None,  # what follows is read of these tokens only
             )
-            if index == len(layers) - 1:  # what follows is read of these tokens only
-                q, hidden, slots, positions = q[due], hidden[due], slots[due], positions[due]
-            mixed = attend_rows(
-                q, keys[index], values[index], slots=slots, positions=positions, scale=float(attention.scaling)
-            )
-            _linear(attention.o_proj, mixed, hidden, add=True)
-            normed = norm_rows(hidden, layer.post_attention_layernorm.weight, self._eps)
-            _linear(mlp.down_proj, _gated(mlp, normed), hidden, add=True)
         hidden = norm_rows(hidden, self._decoder.norm.weight, self._eps)
         if isinstance(self._lm_head, LoraLinear):
-            whole = hidden.new_empty(hidden.shape[0], self._lm_head.base_layer.out_features)
-            return _linear(self._lm_head, hidden, whole)[:, : self._vocab_size]
+            return _linear(self._lm_head, hidden)[:, : self._vocab_size]
         bias = self._lm_head.bias
         return linear_rows(
             hidden, self._lm_head.weight[: self._vocab_size], None if bias is None else bias[: self._vocab_size]
@@ -149,23 +133,88 @@ class RowDecoder:
         return self._tables
 
 
-def _linear(layer: Any, x: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+class _Layer:
+    """A layer's modules, found once; their parameters are read at every forward."""
+
+    def __init__(self, layer: Any, eps: float) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._eps, self._scale = eps, float(attention.scaling)
+        self._input_norm, self._post_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self._q, self._k, self._v, self._o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        self._q_norm, self._k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self._gate, self._up, self._down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        linears = (self._q, self._k, self._v, self._o, self._gate, self._up, self._down)
+        self.has_adapter = any(isinstance(linear, LoraLinear) for linear in linears)
+
+    def plain(self, x: Tensor, cos: Tensor, sin: Tensor, *, due: Tensor | None, **places: Tensor) -> Tensor:
+        """By one operator."""
+        weights = LayerWeights(
+            input_norm=self._input_norm.weight,
+            q=self._q.weight,
+            q_bias=self._q.bias,
+            k=self._k.weight,
+            k_bias=self._k.bias,
+            v=self._v.weight,
+            v_bias=self._v.bias,
+            q_norm=None if self._q_norm is None else self._q_norm.weight,
+            k_norm=None if self._k_norm is None else self._k_norm.weight,
+            o=self._o.weight,
+            o_bias=self._o.bias,
+            post_norm=self._post_norm.weight,
+            gate=self._gate.weight,
+            up=self._up.weight,
+            down=self._down.weight,
+        )
+        return layer_rows(x, weights, cos, sin, eps=self._eps, scale=self._scale, due=due, **places)
+
+    def adapted(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        slots: Tensor,
+        positions: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        due: Tensor | None,
+    ) -> Tensor:
+        """By one operator for each piece, and two more for each adapter."""
+        normed = norm_rows(x, self._input_norm.weight, self._eps)
+        q, k, v = (_linear(linear, normed) for linear in (self._q, self._k, self._v))
+        rotate_rows(
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            slots=slots,
+            positions=positions,
+            keys=keys,
+            values=values,
+            q_norm=None if self._q_norm is None else self._q_norm.weight,
+            k_norm=None if self._k_norm is None else self._k_norm.weight,
+            eps=self._eps,
+        )
+        if due is not None:
+            q, x, slots, positions = q[due], x[due], slots[due], positions[due]
+        mixed = attend_rows(q, keys, values, slots=slots, positions=positions, scale=self._scale)
+        hidden = _linear(self._o, mixed, x.clone(), add=True)
+        normed = norm_rows(hidden, self._post_norm.weight, self._eps)
+        return _linear(self._down, _gated(self._gate, self._up, normed), hidden, add=True)
+
+
+def _linear(layer: Any, x: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
     if not isinstance(layer, LoraLinear):
         return linear_rows(x, layer.weight, layer.bias, out=out, add=add)
-    linear_rows(x, layer.base_layer.weight, layer.base_layer.bias, out=out, add=add)
+    out = linear_rows(x, layer.base_layer.weight, layer.base_layer.bias, out=out, add=add)
     if layer.is_on:
         linear_rows(linear_rows(x, layer.lora_A.weight), layer.lora_B.weight, out=out, add=True)
     return out
 
 
-def _gated(mlp: Any, x: Tensor) -> Tensor:
-    gate, up = mlp.gate_proj, mlp.up_proj
+def _gated(gate: Any, up: Any, x: Tensor) -> Tensor:
     if not isinstance(gate, LoraLinear) and not isinstance(up, LoraLinear):
         return linear_rows(x, up.weight, gate=gate.weight)
-    gates = _linear(
-        gate,
-        x,
-        x.new_empty(x.shape[0], gate.weight.shape[0] if isinstance(gate, nn.Linear) else gate.base_layer.out_features),
-    )
-    ups = _linear(up, x, torch.empty_like(gates))
-    return silu_rows(gates, ups, out=gates)
+    gates = _linear(gate, x)
+    return silu_rows(gates, _linear(up, x), out=gates)
