@@ -19,9 +19,12 @@ NATIVE = _core is not None
 
 Prefixes = Sequence[tuple[int, int]]
 """(source, length), lengths rising and sources falling: the latest earlier sequence with the same first tokens."""
+LOOK_BACK = 256
+"""Sequences before a sequence that its prefixes are looked for in. Groups stand together, and few micro batches hold as
+many; a limit keeps thousands of examples from being compared each with each."""
 
 
-def shared_prefixes(sequences: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:
+def shared_prefixes(sequences: Sequence[Sequence[int]], look_back: int = LOOK_BACK) -> list[list[tuple[int, int]]]:
     """For each sequence, with which earlier ones it begins alike, as `Prefixes`. Its last token counts as its own.
 
     [[5, 6, 7], [5, 8, 9], [5, 6, 7, 8]] -> [[], [(0, 1)], [(1, 1), (0, 3)]]. Whoever has only the sequences from a
@@ -31,7 +34,7 @@ def shared_prefixes(sequences: Sequence[Sequence[int]]) -> list[list[tuple[int, 
     for number, tokens in enumerate(sequences):
         pairs: list[tuple[int, int]] = []
         length, most = 0, len(tokens) - 1
-        for source in range(number - 1, -1, -1):
+        for source in range(number - 1, max(0, number - look_back) - 1, -1):
             if length >= most:
                 break
             other = sequences[source]

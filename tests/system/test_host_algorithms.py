@@ -69,14 +69,15 @@ def common(one: list[int], other: list[int]) -> int:
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(SEQUENCES)
-def test_shared_prefixes_are_the_longest_whatever_the_first_sequence_is(sequences):
-    prefixes = host.shared_prefixes(sequences)
+@given(SEQUENCES, st.integers(0, 10))
+def test_shared_prefixes_are_the_longest_whatever_the_first_sequence_is(sequences, look_back):
+    prefixes = host.shared_prefixes(sequences, look_back)
     assert len(prefixes) == len(sequences)
     for number, sequence in enumerate(sequences):
         for first in range(number + 1):
             source, length = host.held_prefix(prefixes[number], first)
-            longest = max((common(sequence, sequences[other]) for other in range(first, number)), default=0)
+            seen = range(max(first, number - look_back), number)
+            longest = max((common(sequence, sequences[other]) for other in seen), default=0)
             assert length == min(longest, max(0, len(sequence) - 1)), "its last token is its own"
             if length:
                 assert first <= source < number and sequences[source][:length] == sequence[:length]
