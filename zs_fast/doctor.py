@@ -96,6 +96,8 @@ def _compiled() -> dict[str, dict[str, Any]]:
 
     ops = native_status()
     host_detail = "C++ host algorithms" if host.NATIVE else "not built: host algorithms run in Python"
+    if host.STALE:
+        host_detail = "built from other sources: host algorithms run in Python; run `pip install -e .` again"
     return {
         "_ops": {"available": ops.available, "detail": ops.reason},
         "_core": {"available": host.NATIVE, "detail": host_detail},

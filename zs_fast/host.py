@@ -13,6 +13,12 @@ try:
 except ImportError:  # not built (no compiler), or built for another Python
     _core = None  # type: ignore[assignment]
 
+INTERFACE = 2
+"""What `_core` says of itself; another number stands for other sources."""
+STALE = _core is not None and getattr(_core, "INTERFACE", 1) != INTERFACE
+"""Was the `_core` that lies here built from other sources? It is left alone then."""
+if STALE:
+    _core = None  # type: ignore[assignment]
 NATIVE = _core is not None
 """Does the compiled `_core` answer? False means the Python references below do."""
 
@@ -22,13 +28,17 @@ Prefixes = Sequence[tuple[int, int]]
 LOOK_BACK = 256
 """Sequences before a sequence that its prefixes are looked for in. Groups stand together, and few micro batches hold as
 many; a limit keeps thousands of examples from being compared each with each."""
+LEAST_SHARED = 16
+"""Tokens from which on a prefix is worth sharing: all chat templates begin with some tokens alike."""
 
 
-def shared_prefixes(sequences: Sequence[Sequence[int]], look_back: int = LOOK_BACK) -> list[list[tuple[int, int]]]:
+def shared_prefixes(
+    sequences: Sequence[Sequence[int]], *, look_back: int = LOOK_BACK, least: int = LEAST_SHARED
+) -> list[list[tuple[int, int]]]:
     """For each sequence, with which earlier ones it begins alike, as `Prefixes`. Its last token counts as its own.
 
-    [[5, 6, 7], [5, 8, 9], [5, 6, 7, 8]] -> [[], [(0, 1)], [(1, 1), (0, 3)]]. Whoever has only the sequences from a
-    certain one on finds the longest prefix that one of them has: the last pair whose source is among them.
+    With least = 1: [[5, 6, 7], [5, 8, 9], [5, 6, 7, 8]] -> [[], [(0, 1)], [(1, 1), (0, 3)]]. Whoever has only the
+    sequences from a certain one on finds the longest prefix of them: the last pair whose source is among them.
     """
     found: list[list[tuple[int, int]]] = []
     for number, tokens in enumerate(sequences):
@@ -42,7 +52,8 @@ def shared_prefixes(sequences: Sequence[Sequence[int]], look_back: int = LOOK_BA
                 continue
             end = min(most, len(other))
             length = next((place for place in range(length + 1, end) if other[place] != tokens[place]), end)
-            pairs.append((source, length))
+            if length >= least:
+                pairs.append((source, length))
         found.append(pairs)
     return found
 

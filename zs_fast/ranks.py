@@ -172,7 +172,7 @@ def play(
 
 def pack_share(groups: Sequence[Group], config: RunConfig) -> PackedBatch:
     """This rank's share of the step's groups, packed on the CPU."""
-    own = own_share(groups, config.train.mini_batches)
+    own = own_share(groups, config.train.mini_batches, share_prefixes=config.train.share_prefixes)
     return pack(
         own.groups,
         token_budget=config.train.token_budget,
@@ -184,11 +184,12 @@ def pack_share(groups: Sequence[Group], config: RunConfig) -> PackedBatch:
     )
 
 
-def own_share(groups: Sequence[Group], mini_batches: int) -> Share:
-    """The groups this rank trains on: whole ones, about as many tokens of each mini batch as every other rank."""
+def own_share(groups: Sequence[Group], mini_batches: int, *, share_prefixes: bool = True) -> Share:
+    """The groups this rank trains on: whole ones, about as many tokens to compute as every other rank, in each mini
+    batch."""
     if world_size() == 1:
         return Share(groups=list(groups), places=list(range(len(groups))))
-    owners = balanced([_weight(group) for group in groups], mini_batches, world_size())
+    owners = balanced([_weight(group, share_prefixes=share_prefixes) for group in groups], mini_batches, world_size())
     places = [place for place, owner in enumerate(owners) if owner == rank()]
     return Share(groups=[groups[place] for place in places], places=places)
 
@@ -208,6 +209,8 @@ def balanced(weights: Sequence[int], mini_batches: int, num_ranks: int) -> list[
     return owners
 
 
-def _weight(group: Group) -> int:
-    """Tokens that the update works on; a group with none still has a place to go to."""
-    return 1 + sum(trajectory.num_tokens for trajectory in group.trajectories if trajectory.trainable)
+def _weight(group: Group, *, share_prefixes: bool) -> int:
+    """Tokens that the update computes, about: the prompt once, or for each. A group with none still has a place."""
+    trained = [trajectory for trajectory in group.trajectories if trajectory.trainable]
+    again = len(trained[0].prompt_ids) * (len(trained) - 1) if trained and share_prefixes else 0
+    return 1 + sum(trajectory.num_tokens for trajectory in trained) - again

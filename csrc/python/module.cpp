@@ -70,6 +70,7 @@ py::object first_action(const py::str& string) {
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Host algorithms of zs_fast; see zs_fast/host.py.";
+  module.attr("INTERFACE") = 2;  // counted up with every change of a name or argument below, as in host.py
   module.def("pack_segments", [](const std::vector<int64_t>& lengths, int64_t token_budget,
                                  const std::vector<std::vector<zs::Prefix>>& prefixes) {
     return zs::pack_segments(lengths, token_budget, prefixes);

@@ -26,6 +26,8 @@ from zs_kernels import _triton
 Backend = Literal["reference", "native", "triton"]
 
 OPS_FILE = Path(__file__).with_name("_ops.so")
+NEWEST_OPERATOR = "layer_rows"
+"""The one that was added or changed its arguments last: a file without it is of older sources."""
 
 _forced: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("zs_kernels_backend", default=None)
 
@@ -51,6 +53,8 @@ def native_status() -> NativeStatus:
         return NativeStatus(
             False, f"_ops.so does not load in torch {torch.__version__} ({error}): rebuild it with `pip install -e .`"
         )
+    if not hasattr(torch.ops.zs_native, NEWEST_OPERATOR):
+        return NativeStatus(False, "_ops.so was built from older sources: run `pip install -e .` again")
     return NativeStatus(True, f"C++ operators for the CPU: {OPS_FILE.name}")
 
 

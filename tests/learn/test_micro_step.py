@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from zs_fast.config import AlgorithmConfig, CriticConfig, TrainConfig
 from zs_fast.errors import MemoryBudgetError
+from zs_fast.host import shared_prefixes
 from zs_fast.learn import micro_step
 from zs_fast.learn.algorithms import credit
 from zs_fast.learn.critic import Critic
@@ -195,21 +197,30 @@ def test_activations_of_the_failed_pass_are_gone(make_groups):
     assert len(alive) > 2 and not any(alive)
 
 
-def test_every_sequence_is_in_exactly_one_micro_batch_of_the_pass_that_counts(make_groups):
-    packed = pack(make_groups(3, 4), token_budget=10_000, share_prefixes=False)
+@pytest.mark.parametrize("share", [False, True])
+def test_every_sequence_is_in_exactly_one_micro_batch_of_the_pass_that_counts(make_groups, share):
+    packed = pack(make_groups(3, 4), token_budget=10_000)
+    if share:  # the prompts are shorter than what is shared by itself
+        packed = replace(packed, prefixes=tuple(every_prefix(packed)))
     since = []
 
     def step(micro):
         if micro.num_tokens > 70:
             raise torch.OutOfMemoryError("out")
+        assert share or micro.shared is None
         since.append((micro.tokens.start, micro.tokens.stop))
-        return {"tokens": torch.tensor(float(micro.num_tokens))}
+        return {"tokens": torch.tensor(float(micro.cu_seqlens[-1]))}
 
     steps = MicroSteps()
     sums = steps.run(packed, 0, packed.num_sequences, token_budget=10_000, step=step, drop_gradients=since.clear)
     assert since[0][0] == 0 and since[-1][1] == packed.num_tokens
     assert all(a[1] == b[0] for a, b in pairwise(since)) and float(sums["tokens"]) == packed.num_tokens
     assert steps.splits <= math.ceil(math.log2(packed.num_tokens / 70)) + 1
+    assert not share or any(micro.shared for micro in packed.micro_batches(steps.token_budget))
+
+
+def every_prefix(packed):
+    return shared_prefixes([packed.inputs[a:b].tolist() for a, b in pairwise(packed.cu_seqlens)], least=1)
 
 
 def test_ranks_take_the_smallest_budget_of_any(make_groups, monkeypatch):

@@ -17,6 +17,7 @@ from zs_fast.learn.pack import TokenSequence, pack, pack_tokens
 from zs_fast.learn.policy import hidden_states, logprobs_at_loss_tokens, training_mode
 from zs_fast.learn.roles import Roles, score
 from zs_fast.learn.update import Updater
+from zs_fast.models.attention import gather_rows
 from zs_fast.models.lora import attach_adapter
 from zs_fast.testing import tiny_model
 
@@ -28,7 +29,7 @@ def sequences(seed: int = 0) -> list[TokenSequence]:
     def ids(number: int) -> list[int]:
         return [draws.randrange(259) for _ in range(number)]
 
-    instruction, turn = ids(11), ids(6)
+    instruction, turn = ids(17), ids(6)
     made = []
     for _ in range(2):
         prompt = instruction + ids(5)
@@ -146,7 +147,7 @@ def test_values_are_those_of_sequences_apart(whole_response):
 
 def test_a_padded_prompt_of_another_sequence_changes_nothing():
     """Only sequences with the very same tokens from the start share; equal tokens at another place do not."""
-    ids = [7, 8, 9, 10, 11]
+    ids = list(range(7, 47))
     moved = [5, *ids]
     packed = pack_tokens(
         [TokenSequence(ids=one, is_loss=[False] * 4 + [True] * (len(one) - 4)) for one in (ids, moved)]
@@ -157,10 +158,15 @@ def test_a_padded_prompt_of_another_sequence_changes_nothing():
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_an_update_is_that_of_sequences_apart(make_groups, name):
-    """Scores, loss, metrics and weights after the step, with every term on."""
-    groups = make_groups(3, 4)
+    """Scores, loss, metrics and weights after the steps, with every term on: two passes over two mini batches."""
+    groups = [
+        replace(
+            group, trajectories=tuple(replace(t, prompt_ids=(*range(20), *t.prompt_ids)) for t in group.trajectories)
+        )
+        for group in make_groups(4, 3)
+    ]
     algorithm = AlgorithmConfig(name=name, kl_coefficient=0.1, entropy_coefficient=0.01)
-    train = TrainConfig(steps=1, learning_rate=1e-3, mini_batches=1)
+    train = TrainConfig(steps=1, learning_rate=1e-3, mini_batches=2, epochs=2)
     found = []
     for share in (True, False):
         policy = tiny_model(seed=0)
@@ -171,7 +177,7 @@ def test_an_update_is_that_of_sequences_apart(make_groups, name):
             temperature=1.0,
         )
         packed = pack(groups, token_budget=10_000, share_prefixes=share)
-        assert bool(packed.prefixes) == share
+        assert all((micro.shared is not None) == share for micro in micros(packed))
         updater = Updater(roles, train, algorithm, total_steps=1)
         batch = credit(score(packed, roles, **updater.needs), algorithm, kl_coefficient=0.1)
         stats = updater.update(batch)
@@ -199,3 +205,54 @@ def test_sequences_of_a_view_share_with_those_of_the_view_alone():
             logprobs_at_loss_tokens(model, one, temperature=1.0).logprobs for one in (packed.view(5, number), whole)
         ]
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_long_sequences_attend_in_blocks(kind):
+    """Several blocks of queries, the last one not full, after prefixes shorter and longer than a block."""
+    draws = random.Random(1)
+    start = [draws.randrange(259) for _ in range(300)]
+    tails = [(300, 700), (100, 530), (300, 0), (20, 256), (300, 257)]
+    made = [start[:held] + [draws.randrange(259) for _ in range(own)] for held, own in tails]
+    flags = [[False] * (len(ids) - 3) + [True] * 3 for ids in made]
+    model = in_double(kind)
+    results = []
+    for share in (True, False):
+        (micro,) = micros(pack_tokens(map(sequence, made, flags), share_prefixes=share))
+        assert (micro.shared is not None) == share
+        model.zero_grad()
+        hidden = hidden_states(model, micro, micro.loss_index)
+        hidden.square().sum().backward()
+        # The embedding's own rows apart: no two ways add the thousands of a token's gradients alike.
+        results.append([hidden.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert_same(*results)
+
+
+def sequence(ids: list[int], flags: list[bool]) -> TokenSequence:
+    return TokenSequence(ids=ids, is_loss=flags)
+
+
+def test_gradients_of_shared_rows_are_summed_in_float32():
+    """256 sequences hand a row gradients of one sign: summed in bfloat16 they would stop growing."""
+    table = torch.ones(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    gather_rows(table, torch.tensor([1] * 1000 + [2])).sum().backward()
+    assert table.grad.tolist() == [[0.0] * 4, [1000.0] * 4, [1.0] * 4]
+    wide = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: gather_rows(x, torch.tensor([2, 0, 2, 2])), wide)
+
+
+def test_bfloat16_gradients_are_as_near_as_those_of_sequences_apart():
+    exact = [p.grad for p in trained(torch.float64, share=False)]
+    errors = []
+    for share in (True, False):
+        found = [p.grad.double() for p in trained(torch.bfloat16, share=share)]
+        errors.append(max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)))
+    assert errors[0] <= 1.5 * errors[1] <= 0.2
+
+
+def trained(dtype: torch.dtype, *, share: bool) -> list[torch.nn.Parameter]:
+    model = tiny_model("qwen2").model.to(dtype)
+    (micro,) = micros(pack_tokens(sequences(), share_prefixes=share))
+    logits = model.get_output_embeddings()(hidden_states(model, micro, micro.loss_index))
+    torch.log_softmax(logits, -1).gather(1, micro.loss_targets[:, None]).sum().backward()
+    return list(model.parameters())

@@ -331,13 +331,15 @@ for dtype in DTYPES:
     places = dict(slots=one.slots, positions=one.positions)
     print(digest(one.q, one.keys), digest(attend_rows(one.q, one.keys, one.values, scale=0.2, **places)))
     print(digest(norm_rows(one.k, seeded(64, seed=7, dtype=dtype), 1e-5)), digest(silu_rows(one.k, one.v)))
+    layer = layer_weights(dtype, one, 48, 70, {{"q_bias", "k_norm"}})
+    print(digest(layer_rows(seeded(7, 48, seed=8, dtype=dtype), layer, **layer_of(one)), one.keys, one.values))
     print(digest(*draw_rows(3 * one.q, torch.full((7,), 0.9), torch.linspace(-0.1, 0.9, 7, dtype=torch.float64))))
 """
 
 
 def test_every_instruction_set_gives_the_same_bits():
     outputs = printed_by_each(DIGESTS.format(folder=str(Path(__file__).parent)))
-    assert outputs[0].count("\n") == 12
+    assert outputs[0].count("\n") == 14
     assert outputs[0].splitlines() == outputs[1].splitlines() == outputs[2].splitlines()
 
 
@@ -347,8 +349,15 @@ def test_threads_change_nothing(dtype):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = linear_rows(x, weight)
+        alone, layer_alone = linear_rows(x, weight), whole_layer(dtype)
         torch.set_num_threads(3)
         assert torch.equal(linear_rows(x, weight), alone)
+        assert torch.equal(whole_layer(dtype), layer_alone)
     finally:
         torch.set_num_threads(threads)
+
+
+def whole_layer(dtype: torch.dtype) -> Tensor:
+    given = stored(dtype)
+    weights = layer_weights(dtype, given, 256, 700, {"q_bias", "k_norm"})
+    return layer_rows(seeded(7, 256, seed=5, dtype=dtype), weights, **layer_of(given))

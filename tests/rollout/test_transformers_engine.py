@@ -214,6 +214,27 @@ def test_row_operators_write_what_the_blocks_write(dtype, adapter):
 
 
 @by_rows
+def test_an_adapter_that_comes_later_is_sampled_from_once_weights_are_published():
+    loaded = tiny_model("qwen2", seed=1)
+    engine = engine_for(loaded, row_operators=True)
+    request = prompt(0, 20), Sampling(max_new_tokens=6, temperature=0.0)
+
+    def written(engine):
+        engine.add(0, *request, role=POLICY)
+        return run(engine)[0]
+
+    before = written(engine)
+    attach_adapter(loaded.model, 3, seed=1)
+    for name, parameter in loaded.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(len(name)))
+    engine.publish(1)
+    after, fresh = written(engine), written(engine_for(loaded, row_operators=True))
+    assert (after.token_ids, after.logprobs) == (fresh.token_ids, fresh.logprobs)
+    assert after.logprobs != before.logprobs
+
+
+@by_rows
 def test_row_operators_read_the_weights_as_they_are_now():
     """Parameters may be replaced, not only written to."""
     loaded = tiny_model(seed=1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -69,16 +71,17 @@ def common(one: list[int], other: list[int]) -> int:
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(SEQUENCES, st.integers(0, 10))
-def test_shared_prefixes_are_the_longest_whatever_the_first_sequence_is(sequences, look_back):
-    prefixes = host.shared_prefixes(sequences, look_back)
+@given(SEQUENCES, st.integers(0, 10), st.integers(1, 4))
+def test_shared_prefixes_are_the_longest_whatever_the_first_sequence_is(sequences, look_back, least):
+    prefixes = host.shared_prefixes(sequences, look_back=look_back, least=least)
     assert len(prefixes) == len(sequences)
     for number, sequence in enumerate(sequences):
         for first in range(number + 1):
             source, length = host.held_prefix(prefixes[number], first)
             seen = range(max(first, number - look_back), number)
             longest = max((common(sequence, sequences[other]) for other in seen), default=0)
-            assert length == min(longest, max(0, len(sequence) - 1)), "its last token is its own"
+            longest = min(longest, max(0, len(sequence) - 1))  # its last token is its own
+            assert length == (longest if longest >= least else 0)
             if length:
                 assert first <= source < number and sequences[source][:length] == sequence[:length]
 
@@ -98,7 +101,7 @@ def is_held_whole(sequences: list[list[int]], number: int) -> bool:
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(SEQUENCES, st.integers(1, 25))
 def test_packing_with_shared_prefixes_counts_each_once(sequences, budget):
-    lengths, prefixes = list(map(len, sequences)), host.shared_prefixes(sequences)
+    lengths, prefixes = list(map(len, sequences)), host.shared_prefixes(sequences, least=1)
     bounds = host.pack_segments(lengths, budget, prefixes)
     assert bounds == host.pack_segments_reference(lengths, budget, prefixes)
     assert bounds == sorted(set(bounds)) and bounds[0] == 0 and bounds[-1] == len(lengths)
@@ -117,7 +120,7 @@ def test_packing_with_shared_prefixes_is_optimal(sequences, budget):
     )
     ways = [[computed(sequences[a:b]) for a, b in itertools.pairwise([0, *cut, len(sequences)])] for cut in cuts]
     best = min((len(way), max(way)) for way in ways if max(way) <= budget)
-    bounds = host.pack_segments(list(map(len, sequences)), budget, host.shared_prefixes(sequences))
+    bounds = host.pack_segments(list(map(len, sequences)), budget, host.shared_prefixes(sequences, least=1))
     mine = [computed(sequences[a:b]) for a, b in itertools.pairwise(bounds)]
     assert (len(mine), max(mine)) == best
 
@@ -161,3 +164,20 @@ def test_compiled_core_is_used_when_built():
     """Where the file is there it must load: a silent fall-back would hide a broken build."""
     built = Path(host.__file__).with_name(f"_core{sysconfig.get_config_var('EXT_SUFFIX')}")
     assert built.is_file() == host.NATIVE
+
+
+def test_a_core_of_other_sources_is_left_alone():
+    """Its functions may take other arguments: the references answer, and `zs-fast doctor` says what to do."""
+    script = """
+import sys, types
+import zs_fast
+core = types.ModuleType("zs_fast._core")
+core.INTERFACE = 1
+core.pack_segments = lambda lengths, budget: 1 / 0
+sys.modules["zs_fast._core"] = zs_fast._core = core
+from zs_fast import doctor, host
+assert host.STALE and not host.NATIVE and host.pack_segments([5, 5], 5) == [0, 1, 2]
+print(doctor._compiled()["_core"]["detail"])
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    assert "pip install -e ." in told.stdout

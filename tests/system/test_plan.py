@@ -24,8 +24,8 @@ from zs_fast.system.plan import (
     Part,
     PlanPhase,
     head_rows,
+    largest_micro_batch,
     layer_elements,
-    micro_batch_tokens,
     plan_memory,
     slot_capacity,
 )
@@ -217,11 +217,11 @@ def test_trajectories_that_are_alike_are_cut_evenly():
     config = load_recipe(["quickstart"], {"train.token_budget": ["1000"], "train.questions_per_step": ["6"]})
     number = 6 * config.train.group_size
     given = {"trajectory": 300, "written": 50, "simulation": 1}
-    assert micro_batch_tokens(config, Lengths(**given)) == 1000, "shorter ones may fill it"
+    assert largest_micro_batch(config, Lengths(**given)).computed == 1000, "shorter ones may fill it"
     lengths = [300] * number
     bounds = pack_segments(lengths, 1000)
     longest = max(sum(lengths[a:b]) for a, b in pairwise(bounds))
-    assert micro_batch_tokens(config, Lengths(**given, alike=True)) == longest == 900
+    assert largest_micro_batch(config, Lengths(**given, alike=True)).computed == longest == 900
 
 
 @pytest.mark.parametrize(
@@ -235,9 +235,9 @@ def test_a_groups_prompt_counts_once_in_a_micro_batch(budget, expected, without)
         {"train.token_budget": [str(budget)], "train.questions_per_step": ["6"], "train.group_size": ["6"]},
     )
     lengths = Lengths(trajectory=300, written=50, simulation=1, alike=True, shared=100)
-    assert micro_batch_tokens(config, lengths) == expected
+    assert largest_micro_batch(config, lengths).computed == expected
     apart = changed(config, "train.share_prefixes", False)
-    assert micro_batch_tokens(apart, lengths) == without
+    assert largest_micro_batch(apart, lengths).computed == without
 
 
 @pytest.mark.parametrize(("name", "card"), CARDS.items())

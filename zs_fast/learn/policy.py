@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zs_fast.learn.batch import MicroBatch
-from zs_fast.models.attention import PackedAttention
+from zs_fast.models.attention import PackedAttention, gather_rows
 from zs_kernels import TokenLogprobs, linear_logprobs
 
 
@@ -34,9 +33,7 @@ def hidden_states(model: nn.Module, micro: MicroBatch, index: Tensor) -> Tensor:
         attention = PackedAttention(micro.cu_seqlens, rows=shared.rows, computed_cu_seqlens=shared.cu_seqlens)
         index = shared.rows[index]
     output = trunk(input_ids=inputs[None], position_ids=positions[None], use_cache=False, attention_state=attention)
-    # Tokens may share a row; on CUDA embedding's backward pass adds them in a fixed order, index_select's does not.
-    hidden: Tensor = F.embedding(index, output.last_hidden_state[0])
-    return hidden
+    return gather_rows(output.last_hidden_state[0], index)
 
 
 def logprobs_at_loss_tokens(

@@ -8,6 +8,7 @@ passes a `PackedAttention`; the embedded engine passes its own state over key-va
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -70,39 +71,73 @@ class PackedAttention:
         return self._choice.door.attend(self._segments, *tokens_first, scaling)[None]
 
     def _per_segment(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """One scaled-dot-product call per sequence: exact, and cheaper than a [T, T] mask on every device."""
+        """One scaled-dot-product call per sequence: exact, and cheaper than a [T, T] mask on every device. Where only
+        its last tokens ask, one for each block of them, over the keys up to the block's end."""
         grouped = query.shape[1] != key.shape[1]
         segments = self._segments
         queries = query.split(segments.query_lengths, dim=2)
         keys, values = (tensor.split(segments.lengths, dim=2) for tensor in (key, value))
+        longest = segments.longest
         outputs = []
         for q, k, v in zip(queries, keys, values, strict=True):
-            seen: dict[str, Any] = {"is_causal": True}
-            if q.shape[2] < k.shape[2]:  # is_causal would let the first query see the first key alone
-                seen = {"attn_mask": self._causal_mask(query)[k.shape[2] - q.shape[2] : k.shape[2], : k.shape[2]]}
-            outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=grouped, **seen))
+            options: dict[str, Any] = {"scale": scaling, "enable_gqa": grouped}
+            if q.shape[2] == k.shape[2]:
+                outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **options))
+                continue
+            mask = segments.once(("mask", query.device, query.dtype), partial(_block_mask, query, longest))
+            before = k.shape[2] - q.shape[2]
+            for block in q.split(QUERY_BLOCK, dim=2):
+                end = before + block.shape[2]
+                seen = mask[: block.shape[2], longest - before : longest - before + end]
+                outputs.append(
+                    F.scaled_dot_product_attention(block, k[:, :, :end], v[:, :, :end], attn_mask=seen, **options)
+                )
+                before = end
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         return joined.transpose(1, 2)
 
-    def _causal_mask(self, like: Tensor) -> Tensor:
-        """[longest, longest]: row n is that of a query at place n of its sequence. Made once per micro batch."""
-        longest = self._segments.longest
 
-        def make() -> Tensor:
-            return like.new_full((longest, longest), float("-inf")).triu_(1)
+QUERY_BLOCK = 256
 
-        mask: Tensor = self._segments.once(("causal mask", like.device, like.dtype), make)
-        return mask
+
+def _block_mask(like: Tensor, longest: int) -> Tensor:
+    """[QUERY_BLOCK, longest + QUERY_BLOCK], 0 or -inf. Row i sees the columns up to longest + i: from column
+    longest - n on, it is the mask of a block whose first query has n keys before it."""
+    block = min(QUERY_BLOCK, longest)
+    return like.new_full((block, longest + block), float("-inf")).triu_(longest + 1)
 
 
 def _of_packed(heads: Tensor, rows: Tensor) -> Tensor:
-    """[1, kv_heads, computed, head_dim] -> [1, kv_heads, T, head_dim], each packed token its row's.
-
-    By `embedding`, whose backward pass adds what a row's copies were given in a fixed order, on CUDA too.
-    """
+    """[1, kv_heads, computed, head_dim] -> [1, kv_heads, T, head_dim], each packed token its row's."""
     by_token = heads[0].transpose(0, 1)
-    packed = F.embedding(rows, by_token.flatten(1))
+    packed = gather_rows(by_token.flatten(1), rows)
     return packed.unflatten(1, by_token.shape[1:]).transpose(0, 1)[None]
+
+
+def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """table[rows], [M, N], of a table [K, N] and rows [M] int64 that may repeat.
+
+    A row's gradient is the sum of what its copies were given, in a fixed order and at least in float32. On CUDA that is
+    what embedding's backward pass does; index_select's has no fixed order there, and on a CPU both add in 16 bits.
+    """
+    if table.is_cuda:
+        return F.embedding(rows, table)
+    gathered: Tensor = _GatherRows.apply(table, rows)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = table.shape[0]
+        return table.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (rows,) = ctx.saved_tensors
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        return wide.new_zeros(ctx.num_rows, gradient.shape[1]).index_add_(0, rows, wide).to(gradient.dtype), None
 
 
 class _Wanted:

@@ -92,8 +92,13 @@ class RowDecoder:
         self._vocab_size = vocab_size
         self._eps = float(model.config.rms_norm_eps)
         self._head_dim = head_dim_of(model)
-        self._layers = [_Layer(layer, self._eps) for layer in decoder.layers]
+        self._layers: list[_Layer] = []
+        self.find_modules()
         self._tables: tuple[Tensor, Tensor] | None = None
+
+    def find_modules(self) -> None:
+        """Look for the layers' modules again: an adapter that is attached or taken off replaces some."""
+        self._layers = [_Layer(layer, self._eps) for layer in self._decoder.layers]
 
     def logits(self, input_ids: Tensor, slots: Tensor, positions: Tensor, due: Tensor) -> Tensor:
         """[R, vocabulary] after the tokens `due` [R] of the T tokens `input_ids` [T]; their keys and values are in the
@@ -134,7 +139,7 @@ class RowDecoder:
 
 
 class _Layer:
-    """A layer's modules, found once; their parameters are read at every forward."""
+    """A layer's modules; their parameters are read at every forward."""
 
     def __init__(self, layer: Any, eps: float) -> None:
         attention, mlp = layer.self_attn, layer.mlp

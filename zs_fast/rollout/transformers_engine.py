@@ -100,7 +100,7 @@ class TransformersEngine:
     def publish(self, version: int) -> None:
         self._version = version
         for lane in self._lanes.values():
-            lane.scheduler.forget_kv()
+            lane.weights_changed()
 
     def release_kv(self) -> int:
         busy = {role: lane.num_unfinished for role, lane in self._lanes.items() if lane.num_unfinished}
@@ -220,6 +220,12 @@ class _Lane:
     @property
     def num_unfinished(self) -> int:
         return self.scheduler.num_unfinished
+
+    def weights_changed(self) -> None:
+        """Nothing computed before is found again."""
+        self.scheduler.forget_kv()
+        if self._rows is not None:
+            self._rows.find_modules()
 
     def stats(self) -> EngineStats:
         return EngineStats(decode_tokens=self._decode_tokens, steps=self._steps, **self.scheduler.counts)

@@ -5,10 +5,12 @@ What is counted, and where the numbers come from, is told in docs/plan.md. All f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
+from typing import NamedTuple
 
 from zs_fast.config import RunConfig
 from zs_fast.errors import PreflightError
@@ -116,7 +118,7 @@ class Lengths:
     alike: bool = False
     """All are exactly as long; otherwise shorter ones may fill a micro batch up to its budget."""
     shared: int = 0
-    """Of a trajectory's, where all are alike: what its group begins with, which passes may compute once."""
+    """Of the trajectory's: what its group begins with, which passes may compute once."""
 
 
 def longest(config: RunConfig) -> Lengths:
@@ -124,11 +126,12 @@ def longest(config: RunConfig) -> Lengths:
     game = config.game
     written = game.max_turns * game.max_new_tokens
     trajectory = POLICY_PROMPT_TOKENS + written + (game.max_turns - 1) * game.max_observation_tokens
-    asked = SIMULATOR_PROMPT_TOKENS[config.simulator.template] + config.simulator.max_new_tokens
     trajectory = min(trajectory, game.max_context_tokens)
+    asked = SIMULATOR_PROMPT_TOKENS[config.simulator.template] + config.simulator.max_new_tokens
     return Lengths(
         trajectory=trajectory,
         written=min(written, trajectory),
+        shared=min(POLICY_PROMPT_TOKENS, trajectory - 1),
         simulation=min(asked, game.max_context_tokens + config.simulator.max_new_tokens),
     )
 
@@ -136,7 +139,7 @@ def longest(config: RunConfig) -> Lengths:
 def shortest(config: RunConfig) -> Lengths:
     """Nothing but prompts: what even the most taciturn policy needs."""
     trajectory = min(POLICY_PROMPT_TOKENS * 2 // 3, config.game.max_context_tokens)
-    return Lengths(trajectory=trajectory, written=1, simulation=1)
+    return Lengths(trajectory=trajectory, written=1, simulation=1, shared=trajectory - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,29 +296,41 @@ def _passing_elements(shape: Shape) -> int:
     return 3 * shape.hidden + max(3 * shape.intermediate, 3 * shape.query_size + 2 * shape.kv_size)
 
 
-def micro_batch_tokens(config: RunConfig, lengths: Lengths) -> int:
-    """Tokens of the largest micro batch: the budget, where a mini batch has that many and one trajectory no more.
-    Trajectories that are all alike are cut into as few as the budget allows, as evenly as that."""
-    size = config.train.group_size
+class MicroBatchSize(NamedTuple):
+    """Tokens of the largest micro batch of a mini batch."""
+
+    computed: int
+    packed: int
+    """Those whose keys and values each trajectory holds for itself: a prefix that is shared counts for each."""
+    loss: int
+    is_only: bool
+    """It is the mini batch's only one."""
+
+
+def largest_micro_batch(config: RunConfig, lengths: Lengths) -> MicroBatchSize:
+    """The budget, where a mini batch has that many to compute and one trajectory no more. Trajectories that are all
+    alike are cut into as few as the budget allows, as evenly as that."""
+    size, budget = config.train.group_size, config.train.token_budget
     trajectories = -(-config.train.questions_per_step // config.train.mini_batches) * size
+    shared = lengths.shared if config.train.share_prefixes else 0
     if lengths.alike:
-        shared = lengths.shared if config.train.share_prefixes else 0
         prefixes = [[(number - 1, shared)] if shared and number % size else [] for number in range(trajectories)]
-        bounds = pack_segments([lengths.trajectory] * trajectories, config.train.token_budget, prefixes)
-        return max(
-            sum(lengths.trajectory - held_prefix(prefixes[number], first)[1] for number in range(first, last))
+        bounds = pack_segments([lengths.trajectory] * trajectories, budget, prefixes)
+        computed, number = max(
+            (sum(lengths.trajectory - held_prefix(prefixes[one], first)[1] for one in range(first, last)), last - first)
             for first, last in pairwise(bounds)
         )
-    return min(max(config.train.token_budget, lengths.trajectory), trajectories * lengths.trajectory)
-
-
-def _is_single(config: RunConfig, lengths: Lengths) -> bool:
-    trajectories = -(-config.train.questions_per_step // config.train.mini_batches) * config.train.group_size
-    return config.train.token_budget >= trajectories * lengths.trajectory
-
-
-def _loss_tokens(tokens: int, lengths: Lengths) -> int:
-    return max(1, tokens * lengths.written // lengths.trajectory)
+        return MicroBatchSize(computed, number * lengths.trajectory, number * lengths.written, len(bounds) == 2)
+    own = lengths.trajectory - shared * (size - 1) / size  # of a group's trajectories, on average
+    everything = math.ceil(trajectories * own)
+    computed = min(max(budget, lengths.trajectory), everything)
+    number_of_them = computed / own
+    return MicroBatchSize(
+        computed=computed,
+        packed=math.ceil(number_of_them * lengths.trajectory),
+        loss=max(1, math.floor(number_of_them * lengths.written)),
+        is_only=budget >= everything,
+    )
 
 
 def head_rows(rows: int, vocabulary: int, itemsize: int, *, is_cuda: bool) -> int:
@@ -327,11 +342,16 @@ def head_rows(rows: int, vocabulary: int, itemsize: int, *, is_cuda: bool) -> in
 
 
 def _scoring(config: RunConfig, models: list[_Model], lengths: Lengths, is_cuda: bool) -> Iterator[Use]:
-    tokens = micro_batch_tokens(config, lengths)
+    micro = largest_micro_batch(config, lengths)
     itemsize = ITEM_BYTES[config.model.dtype]
     policy = models[0].shape
-    rows = head_rows(_loss_tokens(tokens, lengths), policy.vocabulary, itemsize, is_cuda=is_cuda)
-    yield Use(role=Role.REFERENCE, part=Part.ACTIVATIONS, num_bytes=_passing_elements(policy) * itemsize * tokens)
+    copies = 2 * policy.kv_size * (micro.packed if micro.packed > micro.computed else 0)
+    rows = head_rows(micro.loss, policy.vocabulary, itemsize, is_cuda=is_cuda)
+    yield Use(
+        role=Role.REFERENCE,
+        part=Part.ACTIVATIONS,
+        num_bytes=(_passing_elements(policy) * micro.computed + copies) * itemsize,
+    )
     yield Use(role=Role.REFERENCE, part=Part.HEAD, num_bytes=rows * policy.vocabulary * itemsize)
 
 
@@ -356,19 +376,21 @@ def layer_elements(shape: Shape, itemsize: int, *, rank: int, targets: int) -> i
 
 def _update(config: RunConfig, models: list[_Model], lengths: Lengths, *, is_cuda: bool) -> Iterator[Use]:
     """The fullest moment of a mini batch's last micro batch: at its head, or at the end of its backward pass."""
-    tokens = micro_batch_tokens(config, lengths)
-    loss_tokens = _loss_tokens(tokens, lengths)
+    micro = largest_micro_batch(config, lengths)
+    loss_tokens = micro.loss
     itemsize = ITEM_BYTES[config.model.dtype]
     trained = [model for model in models if model.trained]
     options: list[list[Use]] = []
     for model in trained:
         shape = model.shape
-        per_layer = layer_elements(shape, itemsize, rank=model.rank, targets=len(config.model.lora_targets)) * itemsize
+        per_token = layer_elements(shape, itemsize, rank=model.rank, targets=len(config.model.lora_targets)) * itemsize
+        # Keys and values are kept as each trajectory has them.
+        per_layer = micro.computed * per_token + 2 * shape.kv_size * itemsize * (micro.packed - micro.computed)
         layers = per_layer * shape.layers
         if config.train.gradient_checkpointing:
             inputs = 0 if is_cuda and config.train.offload_activations else shape.layers * shape.hidden * itemsize
-            layers = inputs + per_layer
-        activations = tokens * (layers + 3 * shape.hidden * itemsize)
+            layers = micro.computed * inputs + per_layer
+        activations = layers + micro.computed * 3 * shape.hidden * itemsize
         rows = head_rows(loss_tokens, shape.vocabulary, itemsize, is_cuda=is_cuda)
         head = rows * shape.vocabulary * itemsize + 2 * loss_tokens * shape.hidden * itemsize
         if not model.has_head:
@@ -380,10 +402,10 @@ def _update(config: RunConfig, models: list[_Model], lengths: Lengths, *, is_cud
             Use(role=model.role, part=Part.ACTIVATIONS, num_bytes=activations),
             Use(role=model.role, part=Part.HEAD, num_bytes=head),
         ]
-        if not (is_cuda and _is_single(config, lengths)):
+        if not (is_cuda and micro.is_only):
             at_head.append(Use(role=model.role, part=Part.GRADIENTS, num_bytes=gradients))
         at_end = [
-            Use(role=model.role, part=Part.ACTIVATIONS, num_bytes=tokens * per_layer),
+            Use(role=model.role, part=Part.ACTIVATIONS, num_bytes=per_layer),
             Use(role=model.role, part=Part.GRADIENTS, num_bytes=gradients),
         ]
         options += [at_head, at_end]
