@@ -1,11 +1,11 @@
 """`zs-fast bench end_to_end`: a whole step of a recipe, ours, the pattern of ZeroSearch's own code, and TRL's.
 
-All ways start from the same weights, play the same questions with the same draws, and take the same update; every
-round runs all, in shuffled order. `reference_pattern` (turns.py) waits for the slowest after every turn, has at most
-10 simulator calls under way, reads and encodes every context again, computes it again, scores it again after every
-turn, and scores the whole once more before the update; it shares no prefix between trajectories. What else that code does (copying weights for every turn,
-padding) is left out, in its favour. `trl` is TRL's GRPOTrainer with a rollout function (trl_peer.py) that asks our
-simulator; in `trl_generate` the simulator speaks through transformers' generate.
+All ways start from the same weights, play the same questions with the same draws, and take the same update; every round
+runs all, in shuffled order. `reference_pattern` (turns.py) waits for the slowest after every turn, has at most 10
+simulator calls under way, reads and encodes every context again, computes it again, scores it again after every turn,
+and scores the whole once more before the update; it shares no prefix between trajectories. What else that code does
+(copying weights for every turn, padding) is left out, in its favour. `trl` is TRL's GRPOTrainer with a rollout function
+(trl_peer.py) that asks our simulator; in `trl_generate` the simulator speaks through transformers' generate.
 """
 
 from __future__ import annotations
