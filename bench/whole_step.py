@@ -30,6 +30,7 @@ from zs_fast.search.data import QuestionOrder, load_questions
 from zs_fast.search.simulator import SimulatorCodec
 from zs_fast.setup import Arena, build_arena, load_policy, use_device
 from zs_fast.system.memory import Memory, Phase
+from zs_fast.system.plan_report import changed
 from zs_fast.types import Group, Question, Role
 
 OURS, REFERENCE = "ours", "reference_pattern"
@@ -226,8 +227,7 @@ def our_step(stage: Stage, memory: Memory, updater: Updater) -> Played:
 
 def reference_step(stage: Stage, memory: Memory, updater: Updater) -> Played:
     """The reference's pattern; its repeated scoring counts as such, whenever it happens. No prefix is shared."""
-    train = stage.config.train.model_copy(update={"share_prefixes": False})
-    apart = replace(stage, config=stage.config.model_copy(update={"train": train}))
+    apart = replace(stage, config=changed(stage.config, "train.share_prefixes", False))
     with computed_apart(stage.arena.engine):
         return _in_turns(apart, memory, updater)
 

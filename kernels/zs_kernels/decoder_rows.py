@@ -18,7 +18,8 @@ not promise that of their products. `has_fast_rows` says whether the operators a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -186,82 +187,89 @@ class LayerWeights(NamedTuple):
     down: Tensor
 
 
+class Places(NamedTuple):
+    """Where a layer's tokens are and what they are rotated by; shapes as in rotate_rows."""
+
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    positions: Tensor
+    keys: Tensor
+    values: Tensor
+
+
 def layer_rows(
-    x: Tensor,
-    weights: LayerWeights,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    slots: Tensor,
-    positions: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    eps: float,
-    scale: float,
-    due: Tensor | None = None,
+    x: Tensor, weights: LayerWeights, places: Places, *, eps: float, scale: float, due: Tensor | None = None
 ) -> Tensor:
-    """[R, H] from x [T, H]; every token's keys and values are in its slot then. The other shapes as in rotate_rows.
+    """[R, H] from x [T, H]; every token's keys and values are in its slot then.
 
     due: [R] int64, the tokens whose results are wanted, all T by default; R of the last layer alone may be fewer.
     """
-    if backend_of(x, weights.q, keys) != "native":
-        return layer_rows_reference(
-            x,
-            weights,
-            cos,
-            sin,
-            slots=slots,
-            positions=positions,
-            keys=keys,
-            values=values,
-            eps=eps,
-            scale=scale,
-            due=due,
-        )
+    if backend_of(x, weights.q, places.keys) != "native":
+        return layer_rows_reference(x, weights, places, eps=eps, scale=scale, due=due)
     out = x.new_empty(x.shape if due is None else (due.shape[0], x.shape[1]))
-    torch.ops.zs_native.layer_rows(x, *weights, cos, sin, slots, positions, keys, values, eps, scale, due, out)
+    torch.ops.zs_native.layer_rows(x, *weights, *places, eps, scale, due, out)
     return out
 
 
 def layer_rows_reference(
+    x: Tensor, weights: LayerWeights, places: Places, *, eps: float, scale: float, due: Tensor | None = None
+) -> Tensor:
+    """What `layer_rows` means, by the single pieces."""
+
+    def product(name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
+        bias: Tensor | None = getattr(weights, f"{name}_bias", None)
+        return linear_rows(x, getattr(weights, name), bias, out=out, add=out is not None)
+
+    def gated(x: Tensor) -> Tensor:
+        return linear_rows(x, weights.up, gate=weights.gate)
+
+    norms = LayerNorms(weights.input_norm, weights.q_norm, weights.k_norm, weights.post_norm)
+    return layer_by_pieces(x, norms, product, gated, places, eps=eps, scale=scale, due=due)
+
+
+class LayerNorms(NamedTuple):
+    """The norms of a layer: [H], and [D] of each head where there are such."""
+
+    input: Tensor
+    q: Tensor | None
+    k: Tensor | None
+    post: Tensor
+
+
+class Product(Protocol):
+    """A layer's product by its name: `q`, `k`, `v`, `o` or `down`."""
+
+    def __call__(self, name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[M, N] from x [M, K], added to `out` where one is given."""
+        ...
+
+
+def layer_by_pieces(
     x: Tensor,
-    weights: LayerWeights,
-    cos: Tensor,
-    sin: Tensor,
+    norms: LayerNorms,
+    product: Product,
+    gated: Callable[[Tensor], Tensor],
+    places: Places,
     *,
-    slots: Tensor,
-    positions: Tensor,
-    keys: Tensor,
-    values: Tensor,
     eps: float,
     scale: float,
     due: Tensor | None = None,
 ) -> Tensor:
-    """What `layer_rows` means, by the single pieces."""
-    normed = norm_rows(x, weights.input_norm, eps)
-    q = linear_rows(normed, weights.q, weights.q_bias)
-    k = linear_rows(normed, weights.k, weights.k_bias)
-    v = linear_rows(normed, weights.v, weights.v_bias)
-    rotate_rows(
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        slots=slots,
-        positions=positions,
-        keys=keys,
-        values=values,
-        q_norm=weights.q_norm,
-        k_norm=weights.k_norm,
-        eps=eps,
-    )
+    """A layer as in `layer_rows`, whose products may be more than one weight each: an adapter's, for example.
+
+    gated: [M, I] from [M, H], what `down` is multiplied with.
+    """
+    cos, sin, slots, positions, keys, values = places
+    normed = norm_rows(x, norms.input, eps)
+    q, k, v = (product(name, normed) for name in "qkv")
+    stored = {"slots": slots, "positions": positions, "keys": keys, "values": values}
+    rotate_rows(q, k, v, cos, sin, **stored, q_norm=norms.q, k_norm=norms.k, eps=eps)
     if due is not None:
         q, x, slots, positions = q[due], x[due], slots[due], positions[due]
     mixed = attend_rows(q, keys, values, slots=slots, positions=positions, scale=scale)
-    out = linear_rows(mixed, weights.o, weights.o_bias, out=x.clone(), add=True)
-    gated = linear_rows(norm_rows(out, weights.post_norm, eps), weights.up, gate=weights.gate)
-    return linear_rows(gated, weights.down, out=out, add=True)
+    out = product("o", mixed, x.clone())
+    return product("down", gated(norm_rows(out, norms.post, eps)), out)
 
 
 def draw_rows(logits: Tensor, temperatures: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:

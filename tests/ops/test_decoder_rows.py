@@ -14,6 +14,7 @@ from tests.ops.instruction_sets import printed_by_each
 from zs_kernels import native_status, use_backend
 from zs_kernels.decoder_rows import (
     LayerWeights,
+    Places,
     attend_rows,
     draw_rows,
     layer_rows,
@@ -183,8 +184,8 @@ def layer_weights(dtype: torch.dtype, given: Stored, hidden: int, inner: int, op
 
 
 def layer_of(given: Stored) -> dict[str, Any]:
-    places = {name: getattr(given, name) for name in ("cos", "sin", "slots", "positions", "keys", "values")}
-    return {**places, "eps": 1e-6, "scale": 0.2}
+    places = Places(given.cos, given.sin, given.slots, given.positions, given.keys, given.values)
+    return {"places": places, "eps": 1e-6, "scale": 0.2}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

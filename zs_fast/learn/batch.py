@@ -161,15 +161,15 @@ class PackedTokens:
 
     def _shared(self, first: int, last: int) -> SharedPrefixes | None:
         """What sequences first .. last - 1 have in common; None for nothing."""
-        if not any(held_prefix(pairs, first)[1] for pairs in self.prefixes[first:last]):
+        held = [held_prefix(pairs, first) for pairs in self.prefixes[first:last]]
+        if not any(length for _, length in held):
             return None
         start = self.cu_seqlens[first]
         rows: list[Tensor] = []
         computed: list[Tensor] = []
         bounds = [0]
-        for number in range(first, last):
+        for number, (source, length) in enumerate(held, start=first):
             begin, end = self.cu_seqlens[number] - start, self.cu_seqlens[number + 1] - start
-            source, length = held_prefix(self.prefixes[number], first)
             own = torch.arange(begin + length, end)
             own_rows = torch.arange(bounds[-1], bounds[-1] + len(own))
             rows.append(torch.cat([rows[source - first][:length], own_rows]) if length else own_rows)

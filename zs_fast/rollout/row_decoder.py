@@ -22,13 +22,14 @@ from zs_fast.models.lora import LoraLinear
 from zs_fast.rollout.kv_slots import KvSlots
 from zs_kernels.decoder_rows import (
     ROW_DTYPES,
+    LayerNorms,
     LayerWeights,
-    attend_rows,
+    Places,
     has_fast_rows,
+    layer_by_pieces,
     layer_rows,
     linear_rows,
     norm_rows,
-    rotate_rows,
     silu_rows,
 )
 
@@ -109,17 +110,8 @@ class RowDecoder:
         assert keys is not None and values is not None
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
-            pass_on = layer.adapted if layer.has_adapter else layer.plain
-            hidden = pass_on(
-                hidden,
-                cos,
-                sin,
-                slots=slots,
-                positions=positions,
-                keys=keys[index],
-                values=values[index],
-                due=due if index == last else None,  # what follows is read of these tokens only
-            )
+            places = Places(cos, sin, slots, positions, keys[index], values[index])
+            hidden = layer.forward(hidden, places, due if index == last else None)  # what follows is read of these only
         hidden = norm_rows(hidden, self._decoder.norm.weight, self._eps)
         if isinstance(self._lm_head, LoraLinear):
             return _linear(self._lm_head, hidden)[:, : self._vocab_size]
@@ -145,81 +137,58 @@ class _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         self._eps, self._scale = eps, float(attention.scaling)
         self._input_norm, self._post_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self._q, self._k, self._v, self._o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
         self._q_norm, self._k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        self._gate, self._up, self._down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        linears = (self._q, self._k, self._v, self._o, self._gate, self._up, self._down)
-        self.has_adapter = any(isinstance(linear, LoraLinear) for linear in linears)
+        parts = {"q": attention, "k": attention, "v": attention, "o": attention, "gate": mlp, "up": mlp, "down": mlp}
+        self._linears: dict[str, Any] = {name: getattr(part, f"{name}_proj") for name, part in parts.items()}
+        self._has_adapter = any(isinstance(linear, LoraLinear) for linear in self._linears.values())
 
-    def plain(self, x: Tensor, cos: Tensor, sin: Tensor, *, due: Tensor | None, **places: Tensor) -> Tensor:
-        """By one operator."""
+    def forward(self, x: Tensor, places: Places, due: Tensor | None) -> Tensor:
+        """[R, H] by one operator; where there is an adapter by one for each piece, and two more for each adapter."""
+        norms = LayerNorms(
+            input=self._input_norm.weight,
+            q=None if self._q_norm is None else self._q_norm.weight,
+            k=None if self._k_norm is None else self._k_norm.weight,
+            post=self._post_norm.weight,
+        )
+        if self._has_adapter:
+            return layer_by_pieces(
+                x, norms, self._product, self._gated, places, eps=self._eps, scale=self._scale, due=due
+            )
+        linears = self._linears
         weights = LayerWeights(
-            input_norm=self._input_norm.weight,
-            q=self._q.weight,
-            q_bias=self._q.bias,
-            k=self._k.weight,
-            k_bias=self._k.bias,
-            v=self._v.weight,
-            v_bias=self._v.bias,
-            q_norm=None if self._q_norm is None else self._q_norm.weight,
-            k_norm=None if self._k_norm is None else self._k_norm.weight,
-            o=self._o.weight,
-            o_bias=self._o.bias,
-            post_norm=self._post_norm.weight,
-            gate=self._gate.weight,
-            up=self._up.weight,
-            down=self._down.weight,
+            input_norm=norms.input,
+            q=linears["q"].weight,
+            q_bias=linears["q"].bias,
+            k=linears["k"].weight,
+            k_bias=linears["k"].bias,
+            v=linears["v"].weight,
+            v_bias=linears["v"].bias,
+            q_norm=norms.q,
+            k_norm=norms.k,
+            o=linears["o"].weight,
+            o_bias=linears["o"].bias,
+            post_norm=norms.post,
+            gate=linears["gate"].weight,
+            up=linears["up"].weight,
+            down=linears["down"].weight,
         )
-        return layer_rows(x, weights, cos, sin, eps=self._eps, scale=self._scale, due=due, **places)
+        return layer_rows(x, weights, places, eps=self._eps, scale=self._scale, due=due)
 
-    def adapted(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *,
-        slots: Tensor,
-        positions: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        due: Tensor | None,
-    ) -> Tensor:
-        """By one operator for each piece, and two more for each adapter."""
-        normed = norm_rows(x, self._input_norm.weight, self._eps)
-        q, k, v = (_linear(linear, normed) for linear in (self._q, self._k, self._v))
-        rotate_rows(
-            q,
-            k,
-            v,
-            cos,
-            sin,
-            slots=slots,
-            positions=positions,
-            keys=keys,
-            values=values,
-            q_norm=None if self._q_norm is None else self._q_norm.weight,
-            k_norm=None if self._k_norm is None else self._k_norm.weight,
-            eps=self._eps,
-        )
-        if due is not None:
-            q, x, slots, positions = q[due], x[due], slots[due], positions[due]
-        mixed = attend_rows(q, keys, values, slots=slots, positions=positions, scale=self._scale)
-        hidden = _linear(self._o, mixed, x.clone(), add=True)
-        normed = norm_rows(hidden, self._post_norm.weight, self._eps)
-        return _linear(self._down, _gated(self._gate, self._up, normed), hidden, add=True)
+    def _product(self, name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return _linear(self._linears[name], x, out)
+
+    def _gated(self, x: Tensor) -> Tensor:
+        gate, up = self._linears["gate"], self._linears["up"]
+        if not isinstance(gate, LoraLinear) and not isinstance(up, LoraLinear):
+            return linear_rows(x, up.weight, gate=gate.weight)
+        gates = _linear(gate, x)
+        return silu_rows(gates, _linear(up, x), out=gates)
 
 
-def _linear(layer: Any, x: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
-    if not isinstance(layer, LoraLinear):
-        return linear_rows(x, layer.weight, layer.bias, out=out, add=add)
-    out = linear_rows(x, layer.base_layer.weight, layer.base_layer.bias, out=out, add=add)
-    if layer.is_on:
+def _linear(layer: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """[M, N], added to `out` where one is given."""
+    plain = layer.base_layer if isinstance(layer, LoraLinear) else layer
+    out = linear_rows(x, plain.weight, plain.bias, out=out, add=out is not None)
+    if isinstance(layer, LoraLinear) and layer.is_on:
         linear_rows(linear_rows(x, layer.lora_A.weight), layer.lora_B.weight, out=out, add=True)
     return out
-
-
-def _gated(gate: Any, up: Any, x: Tensor) -> Tensor:
-    if not isinstance(gate, LoraLinear) and not isinstance(up, LoraLinear):
-        return linear_rows(x, up.weight, gate=gate.weight)
-    gates = _linear(gate, x)
-    return silu_rows(gates, _linear(up, x), out=gates)
