@@ -375,7 +375,7 @@ def _simulator_model(
     config: RunConfig, policy: LoadedModel, base: LoadedModel | None, device: torch.device, *, training: bool
 ) -> LoadedModel:
     if config.simulator.kind == "policy" and adapter_rank(policy.model):
-        # vLLM computes all roles of one model in one batch; the embedded engine has a module for each.
+        # vLLM takes an adapter with each request; the embedded engine has a module for each role.
         return policy if config.engine.kind == "vllm" else on_same_base(policy, config.simulator.adapter)
     if config.simulator.kind == "policy" and base is not None:
         return base

@@ -80,6 +80,12 @@ void run(const zs::AttendRows& in, int64_t tokens) {
   });
 }
 
+void run(const zs::SiluRows& in) {
+  const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, in.gate.columns));
+  torch::stable::parallel_for(0, in.gate.rows, grain,
+                              [&](int64_t first, int64_t last) { ZS_CALL(silu_rows, in, first, last); });
+}
+
 // --- the operators ---
 
 zs::LinearRows linear(const Tensor& like, zs::RowMatrix x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -123,9 +129,7 @@ void silu_rows(Tensor gate, Tensor up, Tensor out) {
   STD_TORCH_CHECK(other.rows == in.gate.rows && other.columns == in.gate.columns && target.rows == in.gate.rows &&
                       target.columns == in.gate.columns,
                   "zs_native: up and out are of the shape of gate");
-  const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, in.gate.columns));
-  torch::stable::parallel_for(0, in.gate.rows, grain,
-                              [&](int64_t first, int64_t last) { ZS_CALL(silu_rows, in, first, last); });
+  run(in);
 }
 
 // Of queries of `width` = heads * head_dim numbers, of the type of `like`.
@@ -196,78 +200,169 @@ void attend_rows(Tensor q, Tensor keys, Tensor values, Tensor slots, Tensor posi
   run(in, q.size(0));
 }
 
+// A layer's weights and biases, in the order of LayerWeights in kernels/zs_kernels/decoder_rows.py.
+enum Weight {
+  kInputNorm, kQ, kQBias, kK, kKBias, kV, kVBias, kQNorm, kKNorm, kO, kOBias, kPostNorm, kGate, kUp, kDown, kWeights
+};
+// Products that may have an adapter, in the order of Adapters there.
+enum Product { kOnQ, kOnK, kOnV, kOnO, kOnGate, kOnUp, kOnDown, kProducts };
+constexpr size_t kPlaces = 6;  // cos, sin, slots, positions, keys, values
+
+using OptionalTensors = std::vector<std::optional<Tensor>>;
+
+const Tensor& needed(const OptionalTensors& tensors, size_t index) {
+  STD_TORCH_CHECK(tensors[index].has_value(), "zs_native: a layer's weight ", index, " is absent");
+  return *tensors[index];
+}
+
+// Rows that are one model's: of all tokens, and of those that are due.
+struct Tenant {
+  int64_t first, tokens, first_due, due;
+  const Tensor* places;                       // kPlaces of them
+  const std::optional<Tensor>* adapters;      // A and B of each product, or null
+  bool adapts(Product product) const { return adapters && adapters[2 * product]; }
+};
+
+std::vector<Tenant> tenants_of(int64_t rows, const std::vector<int64_t>& tokens, const std::vector<Tensor>& places,
+                               const OptionalTensors& adapters, const std::optional<Tensor>& due) {
+  STD_TORCH_CHECK(!tokens.empty() && places.size() == kPlaces * tokens.size() &&
+                      (adapters.empty() || adapters.size() == 2 * kProducts * tokens.size()),
+                  "zs_native: places, and adapters or none, for each tenant");
+  const int64_t* which = due ? due->const_data_ptr<int64_t>() : nullptr;
+  const int64_t num_due = due ? due->numel() : rows;
+  std::vector<Tenant> tenants;
+  int64_t first = 0, first_due = 0;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    Tenant one{first, tokens[i], first_due, tokens[i], &places[kPlaces * i],
+               adapters.empty() ? nullptr : &adapters[2 * kProducts * i]};
+    STD_TORCH_CHECK(one.tokens >= 0, "zs_native: a tenant has no fewer than 0 tokens");
+    first += one.tokens;
+    if (due) {
+      int64_t r = first_due;
+      while (r < num_due && which[r] >= one.first && which[r] < first) ++r;
+      one.due = r - first_due;
+    }
+    first_due += one.due;
+    tenants.push_back(one);
+  }
+  STD_TORCH_CHECK(first == rows, "zs_native: the tenants have ", first, " tokens, but x has ", rows, " rows");
+  STD_TORCH_CHECK(first_due == num_due, "zs_native: a row of `due` that is not there, or before an earlier tenant's");
+  return tenants;
+}
+
 // The calls above in one, with what is between them in memory of this thread: a small model's decode step is mostly
 // calls otherwise. out: [R, H], R = T or the number of rows `due`, which alone go on once keys and values are stored.
-void layer_rows(Tensor x, Tensor input_norm, Tensor q_weight, std::optional<Tensor> q_bias, Tensor k_weight,
-                std::optional<Tensor> k_bias, Tensor v_weight, std::optional<Tensor> v_bias,
-                std::optional<Tensor> q_norm, std::optional<Tensor> k_norm, Tensor o_weight,
-                std::optional<Tensor> o_bias, Tensor post_norm, Tensor gate, Tensor up, Tensor down, Tensor cos,
-                Tensor sin, Tensor slots, Tensor positions, Tensor keys, Tensor values, double eps, double scale,
-                std::optional<Tensor> due, Tensor out) {
+// The tenants' tokens stand one after another; they pass by the same weights at once, each by its own adapters.
+void layer_of_tenants(Tensor x, OptionalTensors weights, std::vector<int64_t> tenant_tokens, std::vector<Tensor> tenant_places,
+                OptionalTensors adapters, double eps, double scale, std::optional<Tensor> due, Tensor out) {
+  STD_TORCH_CHECK(weights.size() == kWeights, "zs_native: a layer has ", static_cast<int64_t>(kWeights), " weights");
   const zs::RowType type = type_of(x);
   const int64_t item = type == zs::RowType::float32 ? 4 : 2;
   const zs::RowMatrix rows = matrix(x, x, "x"), target = matrix(out, x, "out");
   const int64_t tokens = rows.rows, hidden = rows.columns, passing = target.rows;
-  const int64_t width = q_weight.size(0), inner = up.size(0);
-  const zs::AttentionRows at = attention(x, tokens, width, keys, values, slots, positions);
-  const int64_t kv_width = at.kv_heads * at.head_dim;
-  STD_TORCH_CHECK(k_weight.size(0) == kv_width && v_weight.size(0) == kv_width && o_weight.size(0) == hidden &&
-                      down.size(0) == hidden && target.columns == hidden,
-                  "zs_native: the layer's weights do not fit each other");
   STD_TORCH_CHECK(due ? due->scalar_type() == ScalarType::Long && due->is_contiguous() && due->numel() == passing
                       : passing == tokens,
                   "zs_native: out has a row for each of `due`, or for all");
+  const std::vector<Tenant> tenants = tenants_of(tokens, tenant_tokens, tenant_places, adapters, due);
+  const Tensor &q_weight = needed(weights, kQ), &up = needed(weights, kUp), &down = needed(weights, kDown);
+  const int64_t width = q_weight.size(0), inner = up.size(0), kv_width = needed(weights, kK).size(0);
+  STD_TORCH_CHECK(needed(weights, kV).size(0) == kv_width && needed(weights, kO).size(0) == hidden &&
+                      down.size(0) == hidden && target.columns == hidden,
+                  "zs_native: the layer's weights do not fit each other");
+  int64_t rank = 0;
+  bool gate_is_adapted = false;
+  for (const Tenant& one : tenants) {
+    for (int product = 0; product < kProducts; ++product)
+      if (one.adapts(Product(product))) rank = std::max(rank, one.adapters[2 * product]->size(0));
+    gate_is_adapted |= one.adapts(kOnGate) || one.adapts(kOnUp);
+  }
 
   const int64_t sizes[] = {std::max(tokens, passing) * hidden, tokens * width, 2 * tokens * kv_width, passing * width,
-                           passing * width, passing * inner};
+                           passing * width, passing * inner, gate_is_adapted ? passing * inner : 0,
+                           std::max(tokens, passing) * rank};
   thread_local std::vector<char> memory;
   int64_t total = 64;
   for (const int64_t size : sizes) total += (size * item + 63) / 64 * 64;
   if (static_cast<int64_t>(memory.size()) < total) memory.resize(total);
   char* free = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
-  std::array<char*, 6> places;
-  for (size_t i = 0; i < places.size(); ++i) places[i] = free, free += (sizes[i] * item + 63) / 64 * 64;
-  const auto [normed, q, kv, asking, mixed, gated] = places;
+  std::array<char*, 8> parts;
+  for (size_t i = 0; i < parts.size(); ++i) parts[i] = free, free += (sizes[i] * item + 63) / 64 * 64;
+  char *const normed = parts[0], *const q = parts[1], *const kv = parts[2], *const asking = parts[3],
+              *const mixed = parts[4], *const gated = parts[5], *const gates = parts[6], *const low = parts[7];
 
-  const auto normalise = [&](zs::RowMatrix from, const Tensor& weight) {
-    run(zs::NormRows{type, from, vector(weight, x, hidden, "norm"), static_cast<float>(eps), normed, hidden});
+  const auto normalise = [&](zs::RowMatrix from, Weight weight) {
+    run(zs::NormRows{type, from, vector(weights[weight], x, hidden, "norm"), static_cast<float>(eps), normed, hidden});
     return zs::RowMatrix{normed, from.rows, hidden, hidden};
   };
-  zs::RowMatrix input = normalise(rows, input_norm);
-  run(linear(x, input, q_weight, q_bias, q, width, false));
-  run(linear(x, input, k_weight, k_bias, kv, 2 * kv_width, false));
-  run(linear(x, input, v_weight, v_bias, kv + kv_width * item, 2 * kv_width, false));
-  zs::RotateRows turn = rotation(x, at, tokens, cos, sin, q_norm, k_norm, eps, keys, values);
-  turn.q = q, turn.q_stride = width;
-  turn.k = kv, turn.v = kv + kv_width * item, turn.k_stride = turn.v_stride = 2 * kv_width;
-  run(turn, tokens);
+  // Of all rows with the weight, then of each tenant's with its adapter. `of_due`: the rows are those due.
+  const auto multiply = [&](Product product, zs::RowMatrix from, Weight weight, const std::optional<Tensor>& bias,
+                            char* to, int64_t stride, bool add, bool of_due) {
+    run(linear(x, from, needed(weights, weight), bias, to, stride, add));
+    for (const Tenant& one : tenants) {
+      const int64_t first = of_due ? one.first_due : one.first, count = of_due ? one.due : one.tokens;
+      if (!one.adapts(product) || !count) continue;
+      const Tensor& a = *one.adapters[2 * product];
+      const std::optional<Tensor>& b = one.adapters[2 * product + 1];
+      STD_TORCH_CHECK(b && b->dim() == 2 && b->size(0) == weights[weight]->size(0),
+                      "zs_native: an adapter's B is [N, r], N that of its product");
+      const char* begin = static_cast<const char*>(from.data) + first * from.stride * item;
+      run(linear(x, {begin, count, from.columns, from.stride}, a, std::nullopt, low, a.size(0), false));
+      run(linear(x, {low, count, a.size(0), a.size(0)}, *b, std::nullopt, to + first * stride * item, stride, true));
+    }
+  };
 
-  zs::AttendRows look{};
-  look.at = at;
-  look.q = q, look.q_stride = width;
+  const zs::RowMatrix input = normalise(rows, kInputNorm);
+  multiply(kOnQ, input, kQ, weights[kQBias], q, width, false, false);
+  multiply(kOnK, input, kK, weights[kKBias], kv, 2 * kv_width, false, false);
+  multiply(kOnV, input, kV, weights[kVBias], kv + kv_width * item, 2 * kv_width, false, false);
   char* to = static_cast<char*>(out.mutable_data_ptr());
   std::vector<int64_t> places_of(2 * passing);
-  for (int64_t r = 0; r < passing; ++r) {
-    const int64_t t = due ? due->const_data_ptr<int64_t>()[r] : r;
-    STD_TORCH_CHECK(t >= 0 && t < tokens, "zs_native: a row of `due` that is not there");
-    std::memcpy(to + r * target.stride * item, static_cast<const char*>(rows.data) + t * rows.stride * item,
-                static_cast<size_t>(hidden * item));
-    if (!due) continue;
-    std::memcpy(asking + r * width * item, q + t * width * item, static_cast<size_t>(width * item));
-    places_of[r] = at.slots[t], places_of[passing + r] = at.positions[t];
-  }
-  if (due) look.q = asking, look.at.slots = places_of.data(), look.at.positions = places_of.data() + passing;
-  look.keys = keys.const_data_ptr(), look.values = values.const_data_ptr();
-  look.out = mixed, look.out_stride = width;
-  look.scale = static_cast<float>(scale);
-  run(look, passing);
+  for (const Tenant& one : tenants) {
+    const Tensor &keys = one.places[4], &values = one.places[5];
+    const zs::AttentionRows at = attention(x, one.tokens, width, keys, values, one.places[2], one.places[3]);
+    STD_TORCH_CHECK(kv_width == at.kv_heads * at.head_dim, "zs_native: the layer's weights do not fit each other");
+    zs::RotateRows turn = rotation(x, at, one.tokens, one.places[0], one.places[1], weights[kQNorm], weights[kKNorm],
+                                   eps, keys, values);
+    char* const q_rows = q + one.first * width * item;
+    char* const kv_rows = kv + one.first * 2 * kv_width * item;
+    turn.q = q_rows, turn.q_stride = width;
+    turn.k = kv_rows, turn.v = kv_rows + kv_width * item, turn.k_stride = turn.v_stride = 2 * kv_width;
+    run(turn, one.tokens);
 
-  run(linear(x, {mixed, passing, width, width}, o_weight, o_bias, to, target.stride, true));
-  zs::LinearRows product = linear(x, normalise({to, passing, hidden, target.stride}, post_norm), up, std::nullopt,
-                                  gated, inner, false);
-  set_gate(product, gate, x);
-  run(product);
-  run(linear(x, {gated, passing, inner, inner}, down, std::nullopt, to, target.stride, true));
+    zs::AttendRows look{};
+    look.at = at;
+    look.q = q_rows, look.q_stride = width;
+    for (int64_t r = one.first_due; r < one.first_due + one.due; ++r) {
+      const int64_t t = due ? due->const_data_ptr<int64_t>()[r] : r;
+      std::memcpy(to + r * target.stride * item, static_cast<const char*>(rows.data) + t * rows.stride * item,
+                  static_cast<size_t>(hidden * item));
+      if (!due) continue;
+      std::memcpy(asking + r * width * item, q + t * width * item, static_cast<size_t>(width * item));
+      places_of[r] = at.slots[t - one.first], places_of[passing + r] = at.positions[t - one.first];
+    }
+    if (due) {
+      look.q = asking + one.first_due * width * item;
+      look.at.slots = places_of.data() + one.first_due, look.at.positions = look.at.slots + passing;
+    }
+    look.keys = keys.const_data_ptr(), look.values = values.const_data_ptr();
+    look.out = mixed + one.first_due * width * item, look.out_stride = width;
+    look.scale = static_cast<float>(scale);
+    run(look, one.due);
+  }
+
+  multiply(kOnO, {mixed, passing, width, width}, kO, weights[kOBias], to, target.stride, true, true);
+  const zs::RowMatrix after = normalise({to, passing, hidden, target.stride}, kPostNorm);
+  if (gate_is_adapted) {
+    multiply(kOnGate, after, kGate, std::nullopt, gates, inner, false, true);
+    multiply(kOnUp, after, kUp, std::nullopt, gated, inner, false, true);
+    STD_TORCH_CHECK(weights[kGate]->size(0) == inner, "zs_native: gate is laid out as up is");
+    run(zs::SiluRows{type, {gates, passing, inner, inner}, gated, inner, gated, inner});
+  } else {
+    zs::LinearRows product = linear(x, after, up, std::nullopt, gated, inner, false);
+    set_gate(product, needed(weights, kGate), x);
+    run(product);
+  }
+  multiply(kOnDown, {gated, passing, inner, inner}, kDown, std::nullopt, to, target.stride, true, true);
 }
 
 std::tuple<Tensor, Tensor> draw_rows(Tensor logits, Tensor temperatures, Tensor draws) {
@@ -304,10 +399,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(zs_native, library) {
       "attend_rows(Tensor q, Tensor keys, Tensor values, Tensor slots, Tensor positions, float scale, Tensor(a!) out) "
       "-> ()");
   library.def(
-      "layer_rows(Tensor x, Tensor input_norm, Tensor q_weight, Tensor? q_bias, Tensor k_weight, Tensor? k_bias, "
-      "Tensor v_weight, Tensor? v_bias, Tensor? q_norm, Tensor? k_norm, Tensor o_weight, Tensor? o_bias, "
-      "Tensor post_norm, Tensor gate, Tensor up, Tensor down, Tensor cos, Tensor sin, Tensor slots, Tensor positions, "
-      "Tensor(a!) keys, Tensor(b!) values, float eps, float scale, Tensor? due, Tensor(c!) out) -> ()");
+      "layer_of_tenants(Tensor x, Tensor?[] weights, int[] tenant_tokens, Tensor(a!)[] tenant_places, Tensor?[] adapters, "
+      "float eps, float scale, Tensor? due, Tensor(b!) out) -> ()");
   library.def("draw_rows(Tensor logits, Tensor temperatures, Tensor draws) -> (Tensor, Tensor)");
   library.def("has_fast_rows(Tensor any) -> bool");
 }
@@ -318,7 +411,7 @@ STABLE_TORCH_LIBRARY_IMPL(zs_native, CPU, library) {
   library.impl("silu_rows", TORCH_BOX(&silu_rows));
   library.impl("rotate_rows", TORCH_BOX(&rotate_rows));
   library.impl("attend_rows", TORCH_BOX(&attend_rows));
-  library.impl("layer_rows", TORCH_BOX(&layer_rows));
+  library.impl("layer_of_tenants", TORCH_BOX(&layer_of_tenants));
   library.impl("draw_rows", TORCH_BOX(&draw_rows));
   library.impl("has_fast_rows", TORCH_BOX(&has_fast_rows));
 }

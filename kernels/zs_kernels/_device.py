@@ -26,7 +26,7 @@ from zs_kernels import _triton
 Backend = Literal["reference", "native", "triton"]
 
 OPS_FILE = Path(__file__).with_name("_ops.so")
-NEWEST_OPERATOR = "layer_rows"
+NEWEST_OPERATOR = "layer_of_tenants"
 """The one that was added or changed its arguments last: a file without it is of older sources."""
 
 _forced: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("zs_kernels_backend", default=None)

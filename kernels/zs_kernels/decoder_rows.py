@@ -18,8 +18,8 @@ not promise that of their products. `has_fast_rows` says whether the operators a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -198,78 +198,119 @@ class Places(NamedTuple):
     values: Tensor
 
 
+class Adapter(NamedTuple):
+    """Adds x A^T B^T to a product (arXiv:2106.09685); the scaling alpha / r is in B."""
+
+    a: Tensor
+    """[r, in]"""
+    b: Tensor
+    """[out, r]"""
+
+
+class Adapters(NamedTuple):
+    """Those of a layer's products."""
+
+    q: Adapter | None = None
+    k: Adapter | None = None
+    v: Adapter | None = None
+    o: Adapter | None = None
+    gate: Adapter | None = None
+    up: Adapter | None = None
+    down: Adapter | None = None
+
+
+NO_ADAPTERS = Adapters()
+
+
+class Tenant(NamedTuple):
+    """One of the models on a layer's weights: its next `tokens` rows, where they are, and its own adapters."""
+
+    tokens: int
+    places: Places
+    adapters: Adapters = NO_ADAPTERS
+
+
 def layer_rows(
-    x: Tensor, weights: LayerWeights, places: Places, *, eps: float, scale: float, due: Tensor | None = None
-) -> Tensor:
-    """[R, H] from x [T, H]; every token's keys and values are in its slot then.
-
-    due: [R] int64, the tokens whose results are wanted, all T by default; R of the last layer alone may be fewer.
-    """
-    if backend_of(x, weights.q, places.keys) != "native":
-        return layer_rows_reference(x, weights, places, eps=eps, scale=scale, due=due)
-    out = x.new_empty(x.shape if due is None else (due.shape[0], x.shape[1]))
-    torch.ops.zs_native.layer_rows(x, *weights, *places, eps, scale, due, out)
-    return out
-
-
-def layer_rows_reference(
-    x: Tensor, weights: LayerWeights, places: Places, *, eps: float, scale: float, due: Tensor | None = None
-) -> Tensor:
-    """What `layer_rows` means, by the single pieces."""
-
-    def product(name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
-        bias: Tensor | None = getattr(weights, f"{name}_bias", None)
-        return linear_rows(x, getattr(weights, name), bias, out=out, add=out is not None)
-
-    def gated(x: Tensor) -> Tensor:
-        return linear_rows(x, weights.up, gate=weights.gate)
-
-    norms = LayerNorms(weights.input_norm, weights.q_norm, weights.k_norm, weights.post_norm)
-    return layer_by_pieces(x, norms, product, gated, places, eps=eps, scale=scale, due=due)
-
-
-class LayerNorms(NamedTuple):
-    """The norms of a layer: [H], and [D] of each head where there are such."""
-
-    input: Tensor
-    q: Tensor | None
-    k: Tensor | None
-    post: Tensor
-
-
-class Product(Protocol):
-    """A layer's product by its name: `q`, `k`, `v`, `o` or `down`."""
-
-    def __call__(self, name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """[M, N] from x [M, K], added to `out` where one is given."""
-        ...
-
-
-def layer_by_pieces(
     x: Tensor,
-    norms: LayerNorms,
-    product: Product,
-    gated: Callable[[Tensor], Tensor],
-    places: Places,
+    weights: LayerWeights,
+    tenants: Sequence[Tenant],
     *,
     eps: float,
     scale: float,
     due: Tensor | None = None,
 ) -> Tensor:
-    """A layer as in `layer_rows`, whose products may be more than one weight each: an adapter's, for example.
+    """[R, H] from x [T, H]; every token's keys and values are in its slot then.
 
-    gated: [M, I] from [M, H], what `down` is multiplied with.
+    tenants: who the T tokens belong to, in order. Their rows pass by the weights together (as in arXiv:2310.18547),
+    and each is, bit for bit, as it is alone.
+    due: [R] int64, the tokens whose results are wanted, those of earlier tenants first; all T by default. R of the last
+    layer alone may be fewer.
     """
+    if backend_of(x, weights.q, tenants[0].places.keys) != "native":
+        return layer_rows_reference(x, weights, tenants, eps=eps, scale=scale, due=due)
+    out = x.new_empty(x.shape if due is None else (due.shape[0], x.shape[1]))
+    adapters: list[Tensor | None] = []
+    if any(tenant.adapters is not NO_ADAPTERS for tenant in tenants):
+        adapters = [part for tenant in tenants for one in tenant.adapters for part in one or (None, None)]
+    places = [tensor for tenant in tenants for tensor in tenant.places]
+    torch.ops.zs_native.layer_of_tenants(
+        x, list(weights), [tenant.tokens for tenant in tenants], places, adapters, eps, scale, due, out
+    )
+    return out
+
+
+def layer_rows_reference(
+    x: Tensor,
+    weights: LayerWeights,
+    tenants: Sequence[Tenant],
+    *,
+    eps: float,
+    scale: float,
+    due: Tensor | None = None,
+) -> Tensor:
+    """What `layer_rows` means: each tenant by the single pieces, alone."""
+    results = []
+    first = 0
+    for tokens, places, adapters in tenants:
+        own = None
+        if due is not None:
+            own = due[(due >= first) & (due < first + tokens)] - first
+        results.append(_layer_by_pieces(x[first : first + tokens], weights, places, adapters, eps, scale, own))
+        first += tokens
+    return torch.cat(results)
+
+
+def _layer_by_pieces(
+    x: Tensor,
+    weights: LayerWeights,
+    places: Places,
+    adapters: Adapters,
+    eps: float,
+    scale: float,
+    due: Tensor | None,
+) -> Tensor:
+    def product(name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
+        bias: Tensor | None = getattr(weights, f"{name}_bias", None)
+        out = linear_rows(x, getattr(weights, name), bias, out=out, add=out is not None)
+        adapter: Adapter | None = getattr(adapters, name)
+        return out if adapter is None else add_adapter(x, adapter, out)
+
     cos, sin, slots, positions, keys, values = places
-    normed = norm_rows(x, norms.input, eps)
+    normed = norm_rows(x, weights.input_norm, eps)
     q, k, v = (product(name, normed) for name in "qkv")
     stored = {"slots": slots, "positions": positions, "keys": keys, "values": values}
-    rotate_rows(q, k, v, cos, sin, **stored, q_norm=norms.q, k_norm=norms.k, eps=eps)
+    rotate_rows(q, k, v, cos, sin, **stored, q_norm=weights.q_norm, k_norm=weights.k_norm, eps=eps)
     if due is not None:
         q, x, slots, positions = q[due], x[due], slots[due], positions[due]
     mixed = attend_rows(q, keys, values, slots=slots, positions=positions, scale=scale)
     out = product("o", mixed, x.clone())
-    return product("down", gated(norm_rows(out, norms.post, eps)), out)
+    normed = norm_rows(out, weights.post_norm, eps)
+    return product("down", silu_rows(product("gate", normed), product("up", normed)), out)
+
+
+def add_adapter(x: Tensor, adapter: Adapter, out: Tensor) -> Tensor:
+    """`out` [M, N], with x A^T B^T [M, N] added."""
+    return linear_rows(linear_rows(x, adapter.a), adapter.b, out=out, add=True)
 
 
 def draw_rows(logits: Tensor, temperatures: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:

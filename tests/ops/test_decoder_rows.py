@@ -13,8 +13,12 @@ from torch import Tensor
 from tests.ops.instruction_sets import printed_by_each
 from zs_kernels import native_status, use_backend
 from zs_kernels.decoder_rows import (
+    NO_ADAPTERS,
+    Adapter,
+    Adapters,
     LayerWeights,
     Places,
+    Tenant,
     attend_rows,
     draw_rows,
     layer_rows,
@@ -183,9 +187,33 @@ def layer_weights(dtype: torch.dtype, given: Stored, hidden: int, inner: int, op
     return LayerWeights(**{name: None if name in absent else tensor for name, tensor in made.items()})
 
 
-def layer_of(given: Stored) -> dict[str, Any]:
-    places = Places(given.cos, given.sin, given.slots, given.positions, given.keys, given.values)
-    return {"places": places, "eps": 1e-6, "scale": 0.2}
+def places_of(given: Stored) -> Places:
+    return Places(given.cos, given.sin, given.slots, given.positions, given.keys, given.values)
+
+
+def layer_of(given: Stored, adapters: Adapters = NO_ADAPTERS) -> dict[str, Any]:
+    return {"tenants": [Tenant(len(given.slots), places_of(given), adapters)], "eps": 1e-6, "scale": 0.2}
+
+
+PRODUCTS = {
+    "q": (192, 48),
+    "k": (64, 48),
+    "v": (64, 48),
+    "o": (48, 192),
+    "gate": (70, 48),
+    "up": (70, 48),
+    "down": (48, 70),
+}
+"""[out, in] of a layer of 48 hidden numbers, 70 inner ones, and the heads of `stored`."""
+
+
+def adapters_on(*names: str, dtype: torch.dtype, rank: int = 5, seed: int = 40) -> Adapters:
+    made = {}
+    for place, name in enumerate(names):
+        wide, narrow = PRODUCTS[name]
+        a = 0.3 * seeded(rank, narrow, seed=seed + place, dtype=dtype)
+        made[name] = Adapter(a, 0.3 * seeded(wide, rank, seed=seed + 10 + place, dtype=dtype))
+    return Adapters(**made)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -204,6 +232,88 @@ def test_a_layer_is_its_pieces_bit_for_bit(dtype, optional, due):
     assert torch.equal(*found) and found[0].shape == (7 if due is None else len(due), 48)
     assert torch.equal(stores[0][0], stores[1][0]) and torch.equal(stores[0][1], stores[1][1])
     assert not torch.equal(stores[0][0], stored(dtype).keys), "all tokens are stored, whoever is due"
+
+
+ADAPTED = {"all": tuple(PRODUCTS), "attention": ("q", "v"), "up": ("up",), "gate": ("gate",), "down": ("o", "down")}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("names", ADAPTED.values(), ids=ADAPTED)
+def test_a_layer_with_adapters_is_its_pieces_bit_for_bit_and_that_of_merged_weights(dtype, names):
+    found = []
+    adapters = adapters_on(*names, dtype=dtype)
+    x = seeded(7, 48, seed=5, dtype=dtype)
+    for way in (layer_rows, layer_rows_reference):
+        given = stored(dtype)
+        weights = layer_weights(dtype, given, 48, 70, {"q_bias", "k_norm"})
+        found.append((way(x, weights, **layer_of(given, adapters)), given.keys))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    plain = stored(dtype)
+    assert not torch.equal(layer_rows(x, weights, **layer_of(plain)), found[0][0])
+    if dtype == torch.float32:  # merged, bfloat16 weights would be rounded once more
+        merged = {
+            name: getattr(weights, name) + getattr(adapters, name).b @ getattr(adapters, name).a for name in names
+        }
+        exact = layer_rows(x, weights._replace(**merged), **layer_of(stored(dtype)))
+        assert distance(found[0][0], exact.double()) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("due", [None, [2, 6, 9, 7], [8], []], ids=["all", "some", "the second's", "none"])
+@pytest.mark.parametrize("adapted", ["one", "both", "none"])
+def test_tenants_of_a_layer_have_the_bits_that_each_has_alone(dtype, due, adapted):
+    """Of other slots, other adapters and other ranks; the second one brings fewer tokens."""
+
+    def tenants() -> list[Tenant]:
+        one, other = stored(dtype), stored(dtype)
+        other.keys.mul_(0.5)
+        few = places_of(other)._replace(slots=other.slots[3:].contiguous(), positions=other.positions[3:].contiguous())
+        own = {
+            "one": (NO_ADAPTERS, adapters_on(*PRODUCTS, dtype=dtype)),
+            "both": (adapters_on("q", "up", dtype=dtype, rank=3, seed=90), adapters_on(*PRODUCTS, dtype=dtype)),
+            "none": (NO_ADAPTERS, NO_ADAPTERS),
+        }[adapted]
+        return [Tenant(7, places_of(one), own[0]), Tenant(4, few, own[1])]
+
+    x = seeded(11, 48, seed=5, dtype=dtype)
+    weights = layer_weights(dtype, stored(dtype), 48, 70, {"k_bias", "q_norm"})
+    rows = None if due is None else torch.tensor(due, dtype=torch.int64)
+    together = tenants()
+    found = layer_rows(x, weights, together, eps=1e-6, scale=0.2, due=rows)
+    alone = tenants()
+    own_due = [None, None] if rows is None else [rows[rows < 7], rows[rows >= 7] - 7]
+    parts = [
+        layer_rows(x[first:last], weights, [one], eps=1e-6, scale=0.2, due=of_one)
+        for one, first, last, of_one in zip(alone, (0, 7), (7, 11), own_due, strict=True)
+    ]
+    assert torch.equal(found, torch.cat(parts)) and len(found) == (11 if due is None else len(due))
+    again = tenants()
+    assert torch.equal(layer_rows_reference(x, weights, again, eps=1e-6, scale=0.2, due=rows), found)
+    for one, other, third in zip(together, alone, again, strict=True):
+        for name in ("keys", "values"):
+            stores = [getattr(tenant.places, name) for tenant in (one, other, third)]
+            assert torch.equal(stores[0], stores[1]) and torch.equal(stores[0], stores[2])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "due", "adapter", "message"),
+    [
+        ((7, 3), None, None, "10 tokens, but x has 11"),
+        ((7, -4), None, None, "fewer than 0"),
+        ((7, 4), [8, 2], None, "earlier tenant"),
+        ((7, 4), None, Adapter(torch.zeros(5, 48), torch.zeros(191, 5)), "B is"),
+        ((7, 4), None, Adapter(torch.zeros(5, 47), torch.zeros(192, 5)), "K = 48"),
+        ((7, 4), None, Adapter(torch.zeros(5, 48), torch.zeros(192, 4)), "K = 5"),
+    ],
+)
+def test_tenants_that_do_not_fit_are_refused(tokens, due, adapter, message):
+    one, other = stored(torch.float32), stored(torch.float32)
+    few = places_of(other)._replace(slots=other.slots[3:].contiguous(), positions=other.positions[3:].contiguous())
+    tenants = [Tenant(tokens[0], places_of(one), Adapters(q=adapter)), Tenant(tokens[1], few)]
+    weights = layer_weights(torch.float32, one, 48, 70, set())
+    rows = None if due is None else torch.tensor(due)
+    with pytest.raises(RuntimeError, match=message):
+        layer_rows(seeded(11, 48, seed=5), weights, tenants, eps=1e-6, scale=0.2, due=rows)
 
 
 def test_a_layer_is_that_of_the_reference():
@@ -333,14 +443,16 @@ for dtype in DTYPES:
     print(digest(one.q, one.keys), digest(attend_rows(one.q, one.keys, one.values, scale=0.2, **places)))
     print(digest(norm_rows(one.k, seeded(64, seed=7, dtype=dtype), 1e-5)), digest(silu_rows(one.k, one.v)))
     layer = layer_weights(dtype, one, 48, 70, {{"q_bias", "k_norm"}})
-    print(digest(layer_rows(seeded(7, 48, seed=8, dtype=dtype), layer, **layer_of(one)), one.keys, one.values))
+    x, adapters = seeded(7, 48, seed=8, dtype=dtype), adapters_on(*PRODUCTS, dtype=dtype)
+    print(digest(layer_rows(x, layer, **layer_of(one)), one.keys, one.values))
+    print(digest(layer_rows(x, layer, **layer_of(one, adapters)), one.keys, one.values))
     print(digest(*draw_rows(3 * one.q, torch.full((7,), 0.9), torch.linspace(-0.1, 0.9, 7, dtype=torch.float64))))
 """
 
 
 def test_every_instruction_set_gives_the_same_bits():
     outputs = printed_by_each(DIGESTS.format(folder=str(Path(__file__).parent)))
-    assert outputs[0].count("\n") == 14
+    assert outputs[0].count("\n") == 16
     assert outputs[0].splitlines() == outputs[1].splitlines() == outputs[2].splitlines()
 
 

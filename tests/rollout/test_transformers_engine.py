@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from zs_fast.errors import EngineError, PreflightError
 from zs_fast.models.attention import PackedAttention
-from zs_fast.models.load import LoadedModel
+from zs_fast.models.load import LoadedModel, on_same_base
 from zs_fast.models.lora import attach_adapter
+from zs_fast.rollout import transformers_engine
+from zs_fast.rollout.row_decoder import logits_of
 from zs_fast.rollout.scheduler import PIECE_TOKENS
 from zs_fast.rollout.transformers_engine import TransformersEngine
 from zs_fast.testing import byte_tokenizer, tiny_model
@@ -560,6 +562,97 @@ def test_two_roles_share_one_engine_and_even_one_model():
     by_role = {completion.role: bits([completion]) for completion in done}
     assert by_role[POLICY] == by_role[Role.REFERENCE] != by_role[SIMULATOR]
     assert by_role[SIMULATOR] == bits(play_alone(simulator, [(prompt(0, 20), sampling)]))
+
+
+def on_one_base(seed: int = 1) -> dict[Role, LoadedModel]:
+    """A policy with an adapter, a simulator with another one, and the base as it is."""
+    policy = tiny_model("qwen2", seed=seed)
+    attach_adapter(policy.model, 3, targets=("q_proj", "o_proj", "up_proj"), seed=1)
+    simulator = on_same_base(policy)
+    attach_adapter(simulator.model, 5, targets=("v_proj", "down_proj", "gate_proj"), seed=2)
+    for number, loaded in enumerate((policy, simulator)):
+        for name, parameter in loaded.model.named_parameters():
+            if "lora_B" in name:
+                generator = torch.Generator().manual_seed(len(name) + number)
+                torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return {POLICY: policy, SIMULATOR: simulator, Role.REFERENCE: on_same_base(policy)}
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[list[int]]:
+    """The numbers of tokens of each model, for every forward by the row operators."""
+    counts: list[list[int]] = []
+
+    def counted(rows):
+        counts.append([len(one.input_ids) for one in rows])
+        return logits_of(rows)
+
+    monkeypatch.setattr(transformers_engine, "logits_of", counted)
+    return counts
+
+
+@by_rows
+def test_roles_on_one_base_share_each_forward_and_have_the_bits_they_have_alone(forwards):
+    """Over prompts that are prefilled while others decode, turns, and roles that are done before others."""
+    models = on_one_base()
+    work = {
+        POLICY: [(prompt(0, 30), 9, "a"), (prompt(1, 300), 4, "b"), (prompt(2, 3), 20, "c")],
+        SIMULATOR: [(prompt(3, 50), 12, None), (prompt(3, 51), 2, None)],
+        Role.REFERENCE: [(prompt(0, 30), 5, None)],
+    }
+
+    def written(*roles: Role) -> dict[tuple[Role, int], tuple[tuple[int, ...], tuple[float, ...]]]:
+        engine = TransformersEngine({role: models[role] for role in roles}, slots=2, max_context_tokens=400)
+        done: dict[tuple[Role, int], Completion] = {}
+        for turn in range(2):
+            for role in roles:
+                for number, (ids, length, salt) in enumerate(work[role]):
+                    before = done.get((role, number))
+                    context = ids if before is None else [*ids, *before.token_ids, *prompt(9, 11)]
+                    sampling = Sampling(max_new_tokens=length, seed=number + turn)
+                    engine.add(number + 10 * turn, context, sampling, role=role, cache_salt=salt)
+            while engine.num_unfinished:
+                done |= {(one.role, one.request_id): one for one in engine.step()}
+        stats = engine.stats()
+        assert all(stats[role].steps > 20 for role in roles if role is not Role.REFERENCE)
+        return {key: (one.token_ids, one.logprobs) for key, one in done.items()}
+
+    together = written(*models)
+    num_together, most = len(forwards), max(map(len, forwards))
+    forwards.clear()
+    alone: dict[tuple[Role, int], tuple[tuple[int, ...], tuple[float, ...]]] = {}
+    for role in models:
+        alone |= written(role)
+    assert together == alone and len(together) == 12
+    assert most == 3 and num_together < 0.6 * len(forwards)
+    assert together[POLICY, 0] != together[Role.REFERENCE, 0], "the adapter counts"
+
+
+@by_rows
+def test_roles_part_when_the_base_of_one_is_another(forwards):
+    models = on_one_base()
+    engine = TransformersEngine(models, slots=2, max_context_tokens=100)
+
+    def tokens() -> list[list[int]]:
+        forwards.clear()
+        for role in models:
+            engine.add(0, prompt(0, 20), Sampling(max_new_tokens=1), role=role)
+        run(engine)
+        return list(forwards)
+
+    assert tokens() == [[20, 20, 20]]
+    layer = models[SIMULATOR].model.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    engine.publish(1)
+    assert tokens() == [[20, 20], [20]]
+    apart = TransformersEngine(
+        {POLICY: tiny_model(seed=1), SIMULATOR: tiny_model(seed=1)}, slots=2, max_context_tokens=99
+    )
+    for role in (POLICY, SIMULATOR):
+        apart.add(0, prompt(0, 20), Sampling(max_new_tokens=1), role=role)
+    forwards.clear()
+    run(apart)
+    assert forwards == [[20], [20]], "equal weights are not the same weights"
 
 
 def test_slots_are_given_back():

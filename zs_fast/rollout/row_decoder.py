@@ -7,7 +7,9 @@ modules inside the layers are not called.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,16 +23,18 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from zs_fast.models.lora import LoraLinear
 from zs_fast.rollout.kv_slots import KvSlots
 from zs_kernels.decoder_rows import (
+    NO_ADAPTERS,
     ROW_DTYPES,
-    LayerNorms,
+    Adapter,
+    Adapters,
     LayerWeights,
     Places,
+    Tenant,
+    add_adapter,
     has_fast_rows,
-    layer_by_pieces,
     layer_rows,
     linear_rows,
     norm_rows,
-    silu_rows,
 )
 
 DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
@@ -77,8 +81,19 @@ def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    inner = layer.base_layer if isinstance(layer, LoraLinear) else layer
-    return type(inner) is nn.Linear
+    return type(_plain(layer)) is nn.Linear
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderRows:
+    """The next tokens of one model: ids, slots and positions, those of one sequence in rising order. `due` are the
+    places among them after which logits are wanted."""
+
+    decoder: RowDecoder
+    input_ids: list[int]
+    slots: list[int]
+    positions: list[int]
+    due: list[int]
 
 
 class RowDecoder:
@@ -99,96 +114,120 @@ class RowDecoder:
 
     def find_modules(self) -> None:
         """Look for the layers' modules again: an adapter that is attached or taken off replaces some."""
-        self._layers = [_Layer(layer, self._eps) for layer in self._decoder.layers]
+        self._layers = [_Layer(layer) for layer in self._decoder.layers]
 
-    def logits(self, input_ids: Tensor, slots: Tensor, positions: Tensor, due: Tensor) -> Tensor:
-        """[R, vocabulary] after the tokens `due` [R] of the T tokens `input_ids` [T]; their keys and values are in the
-        slots then. slots, positions: [T] int64, those of one sequence in rising order."""
-        hidden: Tensor = self._decoder.embed_tokens(input_ids)
-        cos, sin = self._rotary_tables(hidden)
+    def stands_on_the_base_of(self, other: RowDecoder) -> bool:
+        """Do both read the very same weights, but for adapters (`lora.same_base`)? Then one forward does for both."""
+        if len(self._layers) != len(other._layers) or self._eps != other._eps:
+            return False
+        return all(mine is its for mine, its in zip(self._base(), other._base(), strict=True))
+
+    def _base(self) -> Iterator[Tensor | None]:
+        yield from (self._decoder.embed_tokens.weight, self._decoder.norm.weight)
+        yield from (_plain(self._lm_head).weight, _plain(self._lm_head).bias)
+        for layer in self._layers:
+            yield from layer.weights()
+
+    def _tenant(self, index: int, tokens: int, slots: Tensor, positions: Tensor) -> Tenant:
+        cos, sin = self._rotary_tables()
         keys, values = self._slots.keys, self._slots.values
         assert keys is not None and values is not None
-        last = len(self._layers) - 1
-        for index, layer in enumerate(self._layers):
-            places = Places(cos, sin, slots, positions, keys[index], values[index])
-            hidden = layer.forward(hidden, places, due if index == last else None)  # what follows is read of these only
-        hidden = norm_rows(hidden, self._decoder.norm.weight, self._eps)
-        if isinstance(self._lm_head, LoraLinear):
-            return _linear(self._lm_head, hidden)[:, : self._vocab_size]
-        bias = self._lm_head.bias
-        return linear_rows(
-            hidden, self._lm_head.weight[: self._vocab_size], None if bias is None else bias[: self._vocab_size]
-        )
+        places = Places(cos, sin, slots, positions, keys[index], values[index])
+        return Tenant(tokens, places, self._layers[index].adapters())
 
-    def _rotary_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _adapted_logits(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """[R, own vocabulary] from those of the base."""
+        logits = logits[:, : self._vocab_size]
+        if not isinstance(self._lm_head, LoraLinear) or not self._lm_head.is_on:
+            return logits
+        a, b = _adapter(self._lm_head)
+        return add_adapter(hidden, Adapter(a, b[: self._vocab_size]), logits)
+
+    def _rotary_tables(self) -> tuple[Tensor, Tensor]:
         """cos and sin [positions, head_dim / 2] of every position that a slot can hold, as the module computes them."""
         if self._tables is None:
             positions = torch.arange(self._slots.max_capacity)[None]
-            cos, sin = self._decoder.rotary_emb(like, positions)
+            cos, sin = self._decoder.rotary_emb(self._decoder.norm.weight, positions)  # of that type
             half = self._head_dim // 2
             self._tables = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
         return self._tables
 
 
+def logits_of(rows: Sequence[DecoderRows]) -> list[Tensor]:
+    """For each of `rows` [R, vocabulary] after its tokens that are due; keys and values of all tokens are in the slots
+    then. All stand on the same base, which every token passes in one forward."""
+    first = rows[0].decoder
+    ids, slots, positions = torch.tensor(
+        [
+            [token for one in rows for token in one.input_ids],
+            [slot for one in rows for slot in one.slots],
+            [position for one in rows for position in one.positions],
+        ]
+    )
+    counts = [len(one.input_ids) for one in rows]
+    starts = [0, *accumulate(counts)]
+    due = torch.tensor(
+        [start + place for start, one in zip(starts, rows, strict=False) for place in one.due], dtype=torch.int64
+    )
+    own_slots, own_positions = slots.split(counts), positions.split(counts)
+    hidden: Tensor = first._decoder.embed_tokens(ids)
+    scale, last = first._layers[0].scale, len(first._layers) - 1
+    for index, layer in enumerate(first._layers):
+        tenants = [
+            one.decoder._tenant(index, *of_one)
+            for one, *of_one in zip(rows, counts, own_slots, own_positions, strict=True)
+        ]
+        passing = due if index == last else None  # what follows is read of these only
+        hidden = layer_rows(hidden, layer.weights(), tenants, eps=first._eps, scale=scale, due=passing)
+    hidden = norm_rows(hidden, first._decoder.norm.weight, first._eps)
+    head, size = _plain(first._lm_head), max(one.decoder._vocab_size for one in rows)
+    logits = linear_rows(hidden, head.weight[:size], None if head.bias is None else head.bias[:size])
+    due_counts = [len(one.due) for one in rows]
+    found = zip(rows, hidden.split(due_counts), logits.split(due_counts), strict=True)
+    return [one.decoder._adapted_logits(of_one, logits_of_one) for one, of_one, logits_of_one in found]
+
+
 class _Layer:
     """A layer's modules; their parameters are read at every forward."""
 
-    def __init__(self, layer: Any, eps: float) -> None:
+    def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self._eps, self._scale = eps, float(attention.scaling)
+        self.scale = float(attention.scaling)
         self._input_norm, self._post_norm = layer.input_layernorm, layer.post_attention_layernorm
         self._q_norm, self._k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         parts = {"q": attention, "k": attention, "v": attention, "o": attention, "gate": mlp, "up": mlp, "down": mlp}
-        self._linears: dict[str, Any] = {name: getattr(part, f"{name}_proj") for name, part in parts.items()}
-        self._has_adapter = any(isinstance(linear, LoraLinear) for linear in self._linears.values())
+        found: dict[str, Any] = {name: getattr(part, f"{name}_proj") for name, part in parts.items()}
+        self._linears = {name: _plain(linear) for name, linear in found.items()}
+        self._adapted = {name: linear for name, linear in found.items() if isinstance(linear, LoraLinear)}
 
-    def forward(self, x: Tensor, places: Places, due: Tensor | None) -> Tensor:
-        """[R, H] by one operator; where there is an adapter by one for each piece, and two more for each adapter."""
-        norms = LayerNorms(
-            input=self._input_norm.weight,
-            q=None if self._q_norm is None else self._q_norm.weight,
-            k=None if self._k_norm is None else self._k_norm.weight,
-            post=self._post_norm.weight,
-        )
-        if self._has_adapter:
-            return layer_by_pieces(
-                x, norms, self._product, self._gated, places, eps=self._eps, scale=self._scale, due=due
-            )
+    def weights(self) -> LayerWeights:
         linears = self._linears
-        weights = LayerWeights(
-            input_norm=norms.input,
+        return LayerWeights(
+            input_norm=self._input_norm.weight,
             q=linears["q"].weight,
             q_bias=linears["q"].bias,
             k=linears["k"].weight,
             k_bias=linears["k"].bias,
             v=linears["v"].weight,
             v_bias=linears["v"].bias,
-            q_norm=norms.q,
-            k_norm=norms.k,
+            q_norm=None if self._q_norm is None else self._q_norm.weight,
+            k_norm=None if self._k_norm is None else self._k_norm.weight,
             o=linears["o"].weight,
             o_bias=linears["o"].bias,
-            post_norm=norms.post,
+            post_norm=self._post_norm.weight,
             gate=linears["gate"].weight,
             up=linears["up"].weight,
             down=linears["down"].weight,
         )
-        return layer_rows(x, weights, places, eps=self._eps, scale=self._scale, due=due)
 
-    def _product(self, name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return _linear(self._linears[name], x, out)
-
-    def _gated(self, x: Tensor) -> Tensor:
-        gate, up = self._linears["gate"], self._linears["up"]
-        if not isinstance(gate, LoraLinear) and not isinstance(up, LoraLinear):
-            return linear_rows(x, up.weight, gate=gate.weight)
-        gates = _linear(gate, x)
-        return silu_rows(gates, _linear(up, x), out=gates)
+    def adapters(self) -> Adapters:
+        on = {name: _adapter(linear) for name, linear in self._adapted.items() if linear.is_on}
+        return Adapters(**on) if on else NO_ADAPTERS
 
 
-def _linear(layer: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """[M, N], added to `out` where one is given."""
-    plain = layer.base_layer if isinstance(layer, LoraLinear) else layer
-    out = linear_rows(x, plain.weight, plain.bias, out=out, add=out is not None)
-    if isinstance(layer, LoraLinear) and layer.is_on:
-        linear_rows(linear_rows(x, layer.lora_A.weight), layer.lora_B.weight, out=out, add=True)
-    return out
+def _plain(linear: Any) -> Any:
+    return linear.base_layer if isinstance(linear, LoraLinear) else linear
+
+
+def _adapter(linear: LoraLinear) -> Adapter:
+    return Adapter(linear.lora_A.weight, linear.lora_B.weight)

@@ -3,13 +3,13 @@
 Weights are shared by construction: the engine holds the very module. A step packs the next token of every running
 sequence and pieces of new prompts into one forward of T tokens, without masks between them; keys and values live in
 preallocated slots and stay there between the turns of a trajectory. On a CPU that forward is RowDecoder's, where it
-knows the model; otherwise the module's own, over SlotAttention.
+knows the model, and roles on one base share it, each with its adapter; otherwise the module's own, over SlotAttention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from zs_fast.models.quantize import is_quantized
 from zs_fast.rollout.engine import EngineStats
 from zs_fast.rollout.fixed_blocks import FixedBlocks, round_up_rows
 from zs_fast.rollout.kv_slots import KvSlots, Piece, SlotAttention
-from zs_fast.rollout.row_decoder import RowDecoder, why_not
+from zs_fast.rollout.row_decoder import DecoderRows, RowDecoder, logits_of, why_not
 from zs_fast.rollout.sampler import sample_tokens
 from zs_fast.rollout.scheduler import Request, Scheduler
 from zs_fast.rollout.stop import StopStrings, eos_token_ids
@@ -76,6 +76,7 @@ class TransformersEngine:
             self._lanes[role] = _Lane(
                 role, loaded, num_slots=slots, max_tokens=limit, batch_invariant=invariant, by_rows=by_rows
             )
+        self._together = _by_base(self._lanes.values())
 
     def add(
         self, request_id: int, prompt_ids: list[int], sampling: Sampling, *, role: Role, cache_salt: str | None = None
@@ -88,7 +89,7 @@ class TransformersEngine:
             self.watcher.added(role, request_id, len(prompt_ids))
 
     def step(self) -> list[Completion]:
-        return [completion for lane in self._lanes.values() for completion in lane.step(self.watcher)]
+        return [completion for lanes in self._together for completion in _step(lanes, self.watcher)]
 
     def end(self, role: Role, cache_salt: str) -> None:
         self._lane(role).scheduler.end(cache_salt)
@@ -101,6 +102,7 @@ class TransformersEngine:
         self._version = version
         for lane in self._lanes.values():
             lane.weights_changed()
+        self._together = _by_base(self._lanes.values())
 
     def release_kv(self) -> int:
         busy = {role: lane.num_unfinished for role, lane in self._lanes.items() if lane.num_unfinished}
@@ -118,7 +120,7 @@ class TransformersEngine:
     def close(self) -> None:
         for lane in self._lanes.values():
             lane.slots.release()
-        self._lanes = {}
+        self._lanes, self._together = {}, []
 
     def share_prefixes(self, on: bool) -> None:
         """Whether prompts that begin alike are computed once, where that changes no bits; so it is from the start."""
@@ -191,7 +193,7 @@ class _Lane:
                 "positions. Lower game.max_context_tokens (for a simulator: max_new_tokens), or take another model."
             )
         parameter = next(loaded.model.parameters())
-        self._role = role
+        self.role = role
         self.model = loaded.model
         self._decoder = loaded.model.get_decoder()
         self._lm_head = loaded.model.get_output_embeddings()
@@ -236,41 +238,55 @@ class _Lane:
         needed = len(prompt_ids) + sampling.max_new_tokens - 1
         if not prompt_ids or sampling.max_new_tokens < 1 or needed > self._max_tokens:
             raise EngineError(
-                f"Request {request_id} of {self._role} has a prompt of {len(prompt_ids)} tokens and asks for "
+                f"Request {request_id} of {self.role} has a prompt of {len(prompt_ids)} tokens and asks for "
                 f"{sampling.max_new_tokens} new ones; both must be at least 1, and together they may hold "
                 f"{self._max_tokens + 1} (max_context_tokens + 1). Shorten the prompt or raise the limit."
             )
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < self._decoder.embed_tokens.num_embeddings:
             raise EngineError(
-                f"Request {request_id} of {self._role} holds token ids from {min(prompt_ids)} to {max(prompt_ids)}; "
+                f"Request {request_id} of {self.role} holds token ids from {min(prompt_ids)} to {max(prompt_ids)}; "
                 f"the model knows 0 to {self._decoder.embed_tokens.num_embeddings - 1}. Another tokenizer's ids?"
             )
         self.scheduler.add(request_id, prompt_ids, sampling, cache_salt, version)
 
-    def step(self, watcher: EngineWatcher | None = None) -> list[Completion]:
-        """One forward for everything that can advance; what finished with it."""
+    def schedule(self) -> list[Scheduled]:
+        """What can advance now; the slots have room for it."""
         if self.scheduler.num_waiting:
             self.slots.allocate()
         scheduled = self.scheduler.next_pieces()
-        if not scheduled:
-            return []
-        if watcher is None:
-            return self._advance(scheduled)
-        with watcher.forward(self._role, _rows(scheduled)):
-            completions = self._advance(scheduled)
-        for completion in completions:
-            watcher.finished(self._role, completion.request_id, len(completion.token_ids))
-        return completions
-
-    @torch.no_grad()
-    def _advance(self, scheduled: list[Scheduled]) -> list[Completion]:
-        # Not torch.inference_mode: a module may keep a tensor made in here (rotary tables), and a later backward
-        # would refuse it.
-        self._steps += 1
-        due = [request for request, _ in scheduled if not request.plan]
-        with _eval_mode(self.model), self._blocks.active() if self._blocks else nullcontext():
+        if scheduled:
+            self._steps += 1
             self.slots.reserve(max(pieces[-1][1] for _, pieces in scheduled))
-            logits = self._forward_rows(scheduled, due) if self._rows else self._forward(scheduled, due)
+        return scheduled
+
+    def shares_forwards_with(self, other: _Lane) -> bool:
+        """Do the row operators compute both, over the same base weights?"""
+        return self._rows is not None and other._rows is not None and self._rows.stands_on_the_base_of(other._rows)
+
+    def rows_of(self, scheduled: list[Scheduled]) -> DecoderRows | None:
+        """For `logits_of`; None where the lane's forwards are its module's own."""
+        if self._rows is None:
+            return None
+        rows = DecoderRows(decoder=self._rows, input_ids=[], slots=[], positions=[], due=[])
+        for request, bounds in scheduled:
+            slot = request.context.slot
+            assert slot is not None
+            for start, end in bounds:
+                rows.input_ids.extend(_feed(request, start, end))
+                rows.positions.extend(range(start, end))
+                rows.slots.extend([slot] * (end - start))
+            if not request.plan:
+                rows.due.append(len(rows.input_ids) - 1)
+        return rows
+
+    def logits(self, scheduled: list[Scheduled]) -> Tensor:
+        """[R, tokenizer's vocabulary] of the requests that are due, by the module itself."""
+        with self._blocks.active() if self._blocks else nullcontext():
+            return self._forward(scheduled, _due(scheduled))
+
+    def sample(self, scheduled: list[Scheduled], logits: Tensor) -> list[Completion]:
+        """A token for each request that is due; what finished with it."""
+        due = _due(scheduled)
         if not due:
             return []
         ids, logprobs = sample_tokens(
@@ -283,27 +299,7 @@ class _Lane:
                 completions.append(self._finish(request, reason))
         return completions
 
-    def _forward_rows(self, scheduled: list[Scheduled], due: list[Request]) -> Tensor:
-        """Logits [R, tokenizer's vocabulary] of the requests that are due, by the row operators."""
-        assert self._rows is not None
-        input_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        last_row: dict[int, int] = {}
-        for request, bounds in scheduled:
-            slot = request.context.slot
-            assert slot is not None
-            for start, end in bounds:
-                input_ids += _feed(request, start, end)
-                positions += range(start, end)
-                slots += [slot] * (end - start)
-            last_row[slot] = len(input_ids) - 1
-        rows = [last_row[request.context.slot] for request in due if request.context.slot is not None]
-        table = torch.tensor([input_ids, slots, positions])
-        return self._rows.logits(table[0], table[1], table[2], torch.tensor(rows, dtype=torch.int64))
-
     def _forward(self, scheduled: list[Scheduled], due: list[Request]) -> Tensor:
-        """The same by the module itself."""
         pieces = []
         tokens: dict[Piece, list[int]] = {}
         for request, bounds in scheduled:
@@ -353,12 +349,51 @@ class _Lane:
         self.scheduler.finish(request)
         return Completion(
             request_id=request.request_id,
-            role=self._role,
+            role=self.role,
             token_ids=tuple(request.sampled_ids),
             logprobs=tuple(request.logprobs),
             finish_reason=reason,
             policy_version=request.policy_version,
         )
+
+
+def _by_base(lanes: Iterable[_Lane]) -> list[list[_Lane]]:
+    """The lanes whose tokens share a forward, in order."""
+    together: list[list[_Lane]] = []
+    for lane in lanes:
+        mates = next((mates for mates in together if mates[0].shares_forwards_with(lane)), None)
+        if mates is None:
+            together.append([lane])
+        else:
+            mates.append(lane)
+    return together
+
+
+@torch.no_grad()
+def _step(lanes: Sequence[_Lane], watcher: EngineWatcher | None) -> list[Completion]:
+    """One forward for everything of these lanes that can advance; what finished with it."""
+    # Not torch.inference_mode: a module may keep a tensor made in here (rotary tables), and a later backward would
+    # refuse it.
+    work = [(lane, scheduled) for lane in lanes if (scheduled := lane.schedule())]
+    with ExitStack() as stack:
+        for lane, scheduled in work:
+            stack.enter_context(_eval_mode(lane.model))
+            if watcher is not None:
+                stack.enter_context(watcher.forward(lane.role, _rows(scheduled)))
+        rows = [one for lane, scheduled in work if (one := lane.rows_of(scheduled)) is not None]
+        logits = logits_of(rows) if rows else [lane.logits(scheduled) for lane, scheduled in work]
+        completions = [
+            one for (lane, scheduled), own in zip(work, logits, strict=True) for one in lane.sample(scheduled, own)
+        ]
+    if watcher is not None:
+        for completion in completions:
+            watcher.finished(completion.role, completion.request_id, len(completion.token_ids))
+    return completions
+
+
+def _due(scheduled: Sequence[Scheduled]) -> list[Request]:
+    """Those whose whole context is computed with this step: each gets a token."""
+    return [request for request, _ in scheduled if not request.plan]
 
 
 def _feed(request: Request, start: int, end: int) -> list[int]:
