@@ -386,7 +386,9 @@ ZS_FOLD(max_lane, larger_lane)   // NaN where a lane is NaN
 ZS_FOLD(min_lane, smaller_lane)  // NaN where a lane is NaN
 #undef ZS_FOLD
 
-ZS_INLINE void prefetch(const void* at) { __builtin_prefetch(at, 0, 3); }
+// Into the second cache: a processor keeps few lines on their way to the first one, and where their queue is full, the
+// instructions behind wait, and nothing is computed meanwhile.
+ZS_INLINE void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 
 }  // namespace zs::ZS_ISA
 
