@@ -82,13 +82,21 @@ def main(words: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--trace", nargs="?", const=step_trace.SHORT)
     parser.add_argument("--questions", type=int)
+    parser.add_argument("--lora-rank", type=int, default=0)
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args(list(words))
     if given.questions is not None and given.trace is None:
         raise ConfigError("zs-fast bench end_to_end --questions: takes that many of a trace; give --trace with it.")
     trace = None if given.trace is None else step_trace.read(given.trace, given.questions)
-    return run(given.recipe, rounds=given.rounds, trace=trace, cold=given.cold, quick=given.quick)
+    return run(
+        given.recipe,
+        rounds=given.rounds,
+        trace=trace,
+        lora_rank=given.lora_rank,
+        cold=given.cold,
+        quick=given.quick,
+    )
 
 
 def run(
@@ -96,18 +104,22 @@ def run(
     *,
     rounds: int = ROUNDS,
     trace: Trace | None = None,
+    lora_rank: int = 0,
     cold: bool = False,
     quick: bool = False,
 ) -> dict[str, Any]:
     """Take the recipe's first step in all ways, `rounds` times; print a table, write the JSON file, and return that.
 
-    trace: at its lengths (step_trace.py). cold: without a step of each way to warm up, where steps take minutes. quick:
-    few short trajectories, once, and no file.
+    trace: at its lengths (step_trace.py). lora_rank: with an adapter on the policy in all ways; 0: as the recipe has
+    it. cold: without a step of each way to warm up, where steps take minutes. quick: few short trajectories, once, and
+    no file.
     Raises ConfigError for a recipe that one process can't play.
     """
     if rounds < 1:
         raise ConfigError(f"zs-fast bench end_to_end --rounds {rounds}: at least 1")
     changes = {**PLAIN, **(QUICK if quick else {}), **(step_trace.overrides(trace) if trace is not None else {})}
+    if lora_rank:
+        changes["model.lora_rank"] = [str(lora_rank)]
     config = load_recipe(recipes, changes)
     kind = "cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu"
     if kind == "cpu":

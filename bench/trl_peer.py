@@ -5,6 +5,8 @@ generate, which computes each turn's whole context again, as its tool loop does.
 step wrote, so that both do the same work: the update's gradients must then agree, which is checked. Game, parser and
 reward are ours, in all ways.
 
+An adapter is our module, on TRL's side too: two small products beside each layer's, as peft's.
+
 In TRL's favour: the searches of a turn are asked all at once (its tool loop calls one tool after the other);
 activations are kept (its default computes them again); and what `Trainer.train` does around the step is not counted.
 """
@@ -27,7 +29,6 @@ from bench import peers
 from bench.turns import TurnGame
 from zs_fast.errors import EngineError
 from zs_fast.models.load import LoadedModel, load_model
-from zs_fast.models.lora import adapter_rank
 from zs_fast.rollout.engine import LocalEngine
 from zs_fast.search.backends import SearchBackend
 from zs_fast.search.codec import Codec
@@ -53,10 +54,10 @@ def why_not(stage: Stage) -> str:
         return f"TRL is not installed: {peers.INSTALL}"
     if config.algorithm.name != "grpo" or config.algorithm.policy_loss != "ppo" or config.train.mini_batches > 1:
         return "GRPO with one update a step is what both have"
-    if adapter_rank(stage.policy.model) or config.engine.kind != "transformers":
-        return "recipes that train all weights, with the embedded engine, are compared"
-    if config.simulator.kind not in ("model", "policy"):
-        return f"simulator.kind = {config.simulator.kind!r}"
+    if config.engine.kind != "transformers":
+        return "recipes with the embedded engine are compared"
+    if config.simulator.kind not in ("model", "policy") or config.simulator.adapter:
+        return f"simulator.kind = {config.simulator.kind!r}, simulator.adapter = {config.simulator.adapter!r}"
     return ""
 
 

@@ -17,6 +17,7 @@ from zs_fast.search.codec import Codec
 from zs_fast.system.hardware import Hardware
 from zs_fast.system.plan import PlanPhase
 from zs_fast.system.plan_times import Workload, phase_floors
+from zs_fast.system.shapes import shape_of
 from zs_fast.testing import ScriptedEngine, ScriptedSearch, byte_tokenizer
 from zs_fast.types import Question, Role, SearchRequest
 
@@ -46,6 +47,13 @@ def test_the_reference_computes_contexts_again_and_scores_more_often(summary):
     assert reference["counts"]["score/tokens"] > 2.5 * ours["counts"]["score/tokens"], (
         "by turn, and once more at the end"
     )
+
+
+def test_all_ways_take_the_same_step_of_an_adapter():
+    found = end_to_end.run(quick=True, lora_rank=2)
+    ours = found["grad_norms"][whole_step.OURS]
+    assert found["same_trajectories"] and ours > 0 and found["overrides"]["model.lora_rank"] == ["2"]
+    assert set(found["absent"]) == ({"trl", "trl_generate"} if peers.find("trl", "GRPOTrainer") is None else set())
 
 
 CODEC = Codec(byte_tokenizer(), chat_template=True)
@@ -191,6 +199,14 @@ def test_floors_are_those_of_the_work():
     here = Hardware("measured", 0, 1e10, 1e11, is_cuda=False)
     floors = phase_floors(config, here, work)
     assert floors[PlanPhase.UPDATE] == pytest.approx(3 * floors[PlanPhase.SCORE]), "backward is two more forwards"
+    # Two roles on one base: its weights are read for the steps of the longer one alone.
+    on_one_base = load_recipe(["quickstart"], {"simulator.kind": ["policy"], "model.lora_rank": ["4"]})
+    apart = load_recipe(["quickstart"], {"simulator.kind": ["policy"]})
+    slow = Hardware("measured", 0, 1e6, 1e11, is_cuda=False)
+    shared, own = (phase_floors(one, slow, work)[PlanPhase.ROLLOUT] for one in (on_one_base, apart))
+    shape = shape_of(config.model.path)
+    of_a_step = 4 * (shape.linear_parameters + shape.head_parameters) / 1e6
+    assert own - shared == pytest.approx(50 * of_a_step), "the policy writes 50 tokens of each, the simulator 90"
     twice = phase_floors(config, Hardware("measured", 0, 2e10, 2e11, is_cuda=False), work)
     for phase, seconds in floors.items():
         assert twice[phase] == pytest.approx(seconds / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from zs_fast.config import RunConfig
 from zs_fast.system.hardware import Hardware
@@ -78,13 +79,18 @@ def phase_floors(config: RunConfig, hardware: Hardware, work: Workload) -> dict[
         hardware = replace(hardware, flop_per_s=hardware.flop_per_s / FLOAT32_SLOWER)
     number, slots = work.trajectories, config.engine.slots
     policy, item = shape_of(config.model.path), ITEM_BYTES[config.model.dtype]
-    rollout = _decode(policy, item, number, work.written, work.context, slots, hardware)
-    rollout += _forward(policy, number / train.group_size * work.prompt + number * work.documents, 0, hardware)
+    writing = [_decode(policy, item, number, work.written, work.context, slots)]
+    rollout = _forward(policy, number / train.group_size * work.prompt + number * work.documents, 0, hardware)
     calls = number * work.searches
     if simulator.kind in ("model", "policy") and calls:
         other = shape_of(simulator.path) if simulator.kind == "model" else policy
-        rollout += _decode(other, item, calls, work.answered, work.asked + work.answered, slots, hardware)
+        writing.append(_decode(other, item, calls, work.answered, work.asked + work.answered, slots))
         rollout += _forward(other, calls * work.asked, 0, hardware)
+        if simulator.kind == "policy" and policy_rank(
+            config
+        ):  # one base: the rows of both pass by its weights together
+            writing = [_together(*writing)]
+    rollout += sum(one.seconds(hardware) for one in writing)
     one = _forward(policy, number * work.computed, number * work.written, hardware, context=work.context)
     passes = (config.algorithm.kl_coefficient > 0) + (train.mini_batches * train.epochs > 1)
     trained = (2.0 if policy_rank(config) else 3.0) + train.gradient_checkpointing
@@ -104,13 +110,33 @@ def _forward(shape: Shape, tokens: float, head_tokens: float, hardware: Hardware
     return (flop + _attention_flop(shape, tokens, context)) / hardware.flop_per_s
 
 
-def _decode(
-    shape: Shape, itemsize: int, sequences: float, tokens: float, context: float, slots: int, hardware: Hardware
-) -> float:
-    """Seconds for `sequences` that write `tokens` each, at most `slots` at a time."""
+class _Decode(NamedTuple):
+    """Decode steps and what each of them takes."""
+
+    steps: float
+    weight_bytes: float
+    kv_bytes: float
+    flop: float
+
+    def seconds(self, hardware: Hardware) -> float:
+        moved = (self.weight_bytes + self.kv_bytes) / hardware.bytes_per_s
+        return self.steps * (max(moved, self.flop / hardware.flop_per_s) + LAUNCH_S * hardware.is_cuda)
+
+
+def _decode(shape: Shape, itemsize: int, sequences: float, tokens: float, context: float, slots: int) -> _Decode:
+    """Of `sequences` that write `tokens` each, at most `slots` at a time."""
     batch = max(1.0, min(sequences, slots))
     weights = shape.linear_parameters + shape.head_parameters
-    moved = itemsize * weights + shape.kv_bytes_per_token(itemsize) * context * batch
-    flop = batch * (2.0 * weights + 4.0 * shape.layers * shape.query_size * context)
-    step = max(moved / hardware.bytes_per_s, flop / hardware.flop_per_s) + LAUNCH_S * hardware.is_cuda
-    return sequences * tokens / batch * step
+    return _Decode(
+        steps=sequences * tokens / batch,
+        weight_bytes=itemsize * weights,
+        kv_bytes=shape.kv_bytes_per_token(itemsize) * context * batch,
+        flop=batch * (2.0 * weights + 4.0 * shape.layers * shape.query_size * context),
+    )
+
+
+def _together(one: _Decode, other: _Decode) -> _Decode:
+    """The same steps by the same weights, where those of both go through at once as long as both have some."""
+    steps = max(one.steps, other.steps)
+    kv_bytes, flop = ((one.steps * a + other.steps * b) / steps for a, b in zip(one[2:], other[2:], strict=True))
+    return _Decode(steps, one.weight_bytes, kv_bytes, flop)
