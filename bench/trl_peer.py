@@ -28,7 +28,7 @@ from torch import Tensor
 from bench import peers
 from bench.turns import TurnGame
 from zs_fast.errors import EngineError
-from zs_fast.models.load import LoadedModel, load_model
+from zs_fast.models.load import LoadedModel, load_model, whole_model
 from zs_fast.rollout.engine import LocalEngine
 from zs_fast.search.backends import SearchBackend
 from zs_fast.search.codec import Codec
@@ -328,7 +328,7 @@ class TrlPeer:
     def _simulator_model(self) -> LoadedModel:
         if self.simulator is None:
             config = self.stage.config
-            path = config.simulator.path if config.simulator.kind == "model" else config.model.path
+            path = config.simulator.path if config.simulator.kind == "model" else whole_model(config.model.path)
             self.simulator = load_model(path, dtype=config.model.dtype, device=self.stage.device)
         return self.simulator  # type: ignore[no-any-return]
 

@@ -1,5 +1,5 @@
 // A decoder's forward, a row at a time, for the CPU through the LibTorch stable ABI.
-// Door and reference: kernels/zs_kernels/decoder_rows.py, which has checked shapes and types.
+// Door and reference: kernels/zs_kernels/decoder_rows.py. Shapes and types are checked here.
 #include "zs_decoder_rows.h"
 
 #include <torch/csrc/stable/library.h>
@@ -92,7 +92,7 @@ zs::LinearRows linear(const Tensor& like, zs::RowMatrix x, const Tensor& weight,
                       void* out, int64_t out_stride, bool add) {
   const zs::LinearRows in{type_of(like), x, matrix(weight, like, "weight"), nullptr,
                           vector(bias, like, weight.size(0), "bias"), out, out_stride, add};
-  STD_TORCH_CHECK(in.x.columns == in.weight.columns, "zs_native: x is [M, K], K = ", in.x.columns,
+  STD_TORCH_CHECK(in.x.columns == in.weight.columns && in.x.columns > 0, "zs_native: x is [M, K], K = ", in.x.columns,
                   ", but its weight [N, K], K = ", in.weight.columns);
   return in;
 }
@@ -218,9 +218,13 @@ const Tensor& needed(const OptionalTensors& tensors, size_t index) {
 // Rows that are one model's: of all tokens, and of those that are due.
 struct Tenant {
   int64_t first, tokens, first_due, due;
-  const Tensor* places;                       // kPlaces of them
-  const std::optional<Tensor>* adapters;      // A and B of each product, or null
-  bool adapts(Product product) const { return adapters && adapters[2 * product]; }
+  const Tensor* places;                   // kPlaces of them
+  const std::optional<Tensor>* adapters;  // A and B of each product, or null
+  bool adapts(Product product) const {
+    const std::optional<Tensor>* of = adapters ? &adapters[2 * product] : nullptr;
+    STD_TORCH_CHECK(!of || of[0].has_value() == of[1].has_value(), "zs_native: an adapter is an A and a B");
+    return of && of[0];
+  }
 };
 
 std::vector<Tenant> tenants_of(int64_t rows, const std::vector<int64_t>& tokens, const std::vector<Tensor>& places,
@@ -253,8 +257,9 @@ std::vector<Tenant> tenants_of(int64_t rows, const std::vector<int64_t>& tokens,
 // The calls above in one, with what is between them in memory of this thread: a small model's decode step is mostly
 // calls otherwise. out: [R, H], R = T or the number of rows `due`, which alone go on once keys and values are stored.
 // The tenants' tokens stand one after another; they pass by the same weights at once, each by its own adapters.
-void layer_of_tenants(Tensor x, OptionalTensors weights, std::vector<int64_t> tenant_tokens, std::vector<Tensor> tenant_places,
-                OptionalTensors adapters, double eps, double scale, std::optional<Tensor> due, Tensor out) {
+void layer_of_tenants(Tensor x, OptionalTensors weights, std::vector<int64_t> tenant_tokens,
+                      std::vector<Tensor> tenant_places, OptionalTensors adapters, double eps, double scale,
+                      std::optional<Tensor> due, Tensor out) {
   STD_TORCH_CHECK(weights.size() == kWeights, "zs_native: a layer has ", static_cast<int64_t>(kWeights), " weights");
   const zs::RowType type = type_of(x);
   const int64_t item = type == zs::RowType::float32 ? 4 : 2;
@@ -267,7 +272,7 @@ void layer_of_tenants(Tensor x, OptionalTensors weights, std::vector<int64_t> te
   const Tensor &q_weight = needed(weights, kQ), &up = needed(weights, kUp), &down = needed(weights, kDown);
   const int64_t width = q_weight.size(0), inner = up.size(0), kv_width = needed(weights, kK).size(0);
   STD_TORCH_CHECK(needed(weights, kV).size(0) == kv_width && needed(weights, kO).size(0) == hidden &&
-                      down.size(0) == hidden && target.columns == hidden,
+                      needed(weights, kGate).size(0) == inner && down.size(0) == hidden && target.columns == hidden,
                   "zs_native: the layer's weights do not fit each other");
   int64_t rank = 0;
   bool gate_is_adapted = false;
@@ -291,7 +296,8 @@ void layer_of_tenants(Tensor x, OptionalTensors weights, std::vector<int64_t> te
               *const mixed = parts[4], *const gated = parts[5], *const gates = parts[6], *const low = parts[7];
 
   const auto normalise = [&](zs::RowMatrix from, Weight weight) {
-    run(zs::NormRows{type, from, vector(weights[weight], x, hidden, "norm"), static_cast<float>(eps), normed, hidden});
+    const void* values = vector(needed(weights, weight), x, hidden, "norm");
+    run(zs::NormRows{type, from, values, static_cast<float>(eps), normed, hidden});
     return zs::RowMatrix{normed, from.rows, hidden, hidden};
   };
   // Of all rows with the weight, then of each tenant's with its adapter. `of_due`: the rows are those due.
@@ -355,7 +361,6 @@ void layer_of_tenants(Tensor x, OptionalTensors weights, std::vector<int64_t> te
   if (gate_is_adapted) {
     multiply(kOnGate, after, kGate, std::nullopt, gates, inner, false, true);
     multiply(kOnUp, after, kUp, std::nullopt, gated, inner, false, true);
-    STD_TORCH_CHECK(weights[kGate]->size(0) == inner, "zs_native: gate is laid out as up is");
     run(zs::SiluRows{type, {gates, passing, inner, inner}, gated, inner, gated, inner});
   } else {
     zs::LinearRows product = linear(x, after, up, std::nullopt, gated, inner, false);

@@ -269,6 +269,10 @@ def layer_rows_reference(
     due: Tensor | None = None,
 ) -> Tensor:
     """What `layer_rows` means: each tenant by the single pieces, alone."""
+    tokens_of_all = sum(tenant.tokens for tenant in tenants)
+    require(
+        tokens_of_all == len(x), "layer_rows", "tenants", f"{len(x)} tokens together, one a row of x", tokens_of_all
+    )
     results = []
     first = 0
     for tokens, places, adapters in tenants:

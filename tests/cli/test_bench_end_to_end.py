@@ -207,6 +207,12 @@ def test_floors_are_those_of_the_work():
     shape = shape_of(config.model.path)
     of_a_step = 4 * (shape.linear_parameters + shape.head_parameters) / 1e6
     assert own - shared == pytest.approx(50 * of_a_step), "the policy writes 50 tokens of each, the simulator 90"
+    lora = {"simulator.kind": ["policy"], "model.lora_rank": ["4"]}
+    for change in ({"engine.batch_invariant": ["false"]}, {"model.quantization": ["nf4"]}):
+        assert phase_floors(load_recipe(["quickstart"], lora | change), slow, work)[PlanPhase.ROLLOUT] >= own
+    on_gpu = replace(slow, is_cuda=True)
+    rollouts = [phase_floors(one, on_gpu, work)[PlanPhase.ROLLOUT] for one in (on_one_base, apart)]
+    assert rollouts[0] == rollouts[1], "the embedded engine on a GPU has a forward for each role"
     twice = phase_floors(config, Hardware("measured", 0, 2e10, 2e11, is_cuda=False), work)
     for phase, seconds in floors.items():
         assert twice[phase] == pytest.approx(seconds / 2)

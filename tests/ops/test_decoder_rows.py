@@ -295,6 +295,22 @@ def test_tenants_of_a_layer_have_the_bits_that_each_has_alone(dtype, due, adapte
             assert torch.equal(stores[0], stores[1]) and torch.equal(stores[0], stores[2])
 
 
+def test_a_gate_wider_than_the_layer_is_refused_before_anything_is_written():
+    given = stored(torch.float32)
+    weights = layer_weights(torch.float32, given, 48, 70, set())._replace(gate=torch.zeros(400_000, 48))
+    with pytest.raises(RuntimeError, match="fit each other"):
+        adapters = adapters_on("up", dtype=torch.float32)
+        layer_rows(seeded(7, 48, seed=5), weights, **layer_of(given, adapters))
+
+
+def test_reference_and_operator_refuse_tokens_of_nobody():
+    given = stored(torch.float32)
+    weights = layer_weights(torch.float32, given, 48, 70, set())
+    for way in (layer_rows, layer_rows_reference):
+        with pytest.raises((RuntimeError, ValueError), match="tenants"):
+            way(seeded(8, 48, seed=5), weights, **layer_of(given))
+
+
 @pytest.mark.parametrize(
     ("tokens", "due", "adapter", "message"),
     [
@@ -304,6 +320,8 @@ def test_tenants_of_a_layer_have_the_bits_that_each_has_alone(dtype, due, adapte
         ((7, 4), None, Adapter(torch.zeros(5, 48), torch.zeros(191, 5)), "B is"),
         ((7, 4), None, Adapter(torch.zeros(5, 47), torch.zeros(192, 5)), "K = 48"),
         ((7, 4), None, Adapter(torch.zeros(5, 48), torch.zeros(192, 4)), "K = 5"),
+        ((7, 4), None, Adapter(torch.zeros(0, 48), torch.zeros(192, 0)), "K = 0"),
+        ((7, 4), None, Adapter(torch.zeros(5, 48), None), "an A and a B"),
     ],
 )
 def test_tenants_that_do_not_fit_are_refused(tokens, due, adapter, message):
@@ -332,8 +350,9 @@ def test_a_layer_is_that_of_the_reference():
         ({"k": torch.zeros(32, 48)}, "fit each other"),
         ({"o": torch.zeros(40, 192)}, "fit each other"),
         ({"down": torch.zeros(48, 71)}, "K = 70"),
-        ({"gate": torch.zeros(71, 48)}, "gate"),
+        ({"gate": torch.zeros(71, 48)}, "fit each other"),
         ({"post_norm": torch.zeros(47)}, "norm"),
+        ({"input_norm": None}, "weight 0 is absent"),
         ({"q_bias": torch.zeros(191)}, "bias"),
     ],
 )

@@ -629,6 +629,34 @@ def test_roles_on_one_base_share_each_forward_and_have_the_bits_they_have_alone(
 
 
 @by_rows
+@pytest.mark.parametrize("broken", ["reserve", "logits_of", "sample_tokens"])
+def test_a_step_that_fails_for_one_role_is_made_up_for_by_the_next_one(broken, monkeypatch):
+    models = on_one_base()
+
+    def written(fails_at: int | None) -> dict[Role, tuple]:
+        engine = TransformersEngine(models, slots=2, max_context_tokens=400)
+        for role in models:
+            engine.add(0, prompt(0, 300), Sampling(max_new_tokens=7), role=role, cache_salt="a")
+        done: dict[Role, tuple] = {}
+        steps = 0
+        while engine.num_unfinished:
+            steps += 1
+            with monkeypatch.context() as patch:
+                if steps == fails_at:
+                    where = engine._lane(SIMULATOR).slots if broken == "reserve" else transformers_engine
+                    patch.setattr(where, broken, lambda *_: 1 / 0)
+                    with pytest.raises(ZeroDivisionError):
+                        engine.step()
+                    continue
+                done |= {one.role: (one.token_ids, one.logprobs) for one in engine.step()}
+        return done
+
+    undisturbed = written(None)
+    assert len(undisturbed) == 3
+    assert all(written(step) == undisturbed for step in (1, 2, 5))
+
+
+@by_rows
 def test_roles_part_when_the_base_of_one_is_another(forwards):
     models = on_one_base()
     engine = TransformersEngine(models, slots=2, max_context_tokens=100)

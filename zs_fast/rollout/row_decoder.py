@@ -1,8 +1,9 @@
 """A decoder's forward for sampling on a CPU, over the module's own weights: no padding, no blocks, few calls a layer.
 
 It computes what transformers' module computes, by the row operators of zs_kernels.decoder_rows: a token's bits depend
-on its own sequence alone. Nothing is copied; every forward reads the module's parameters as they are then. Hooks on
-modules inside the layers are not called.
+on its own sequence alone. Nothing is copied; every forward reads the module's parameters as they are then. One that is
+replaced, rather than written to, is seen once weights are published: until then models are taken to share what they
+shared. Hooks on modules inside the layers are not called.
 """
 
 from __future__ import annotations
@@ -102,25 +103,30 @@ class RowDecoder:
     def __init__(self, model: PreTrainedModel, slots: KvSlots, vocab_size: int) -> None:
         assert not why_not(model)
         decoder: Any = model.get_decoder()
+        self._model = model
         self._decoder = decoder
-        self._lm_head: Any = model.get_output_embeddings()
         self._slots = slots
         self._vocab_size = vocab_size
         self._eps = float(model.config.rms_norm_eps)
         self._head_dim = head_dim_of(model)
-        self._layers: list[_Layer] = []
+        self._layers: list[_Layer]
+        self._lm_head: Any
         self.find_modules()
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def find_modules(self) -> None:
         """Look for the layers' modules again: an adapter that is attached or taken off replaces some."""
         self._layers = [_Layer(layer) for layer in self._decoder.layers]
+        self._lm_head = self._model.get_output_embeddings()
 
     def stands_on_the_base_of(self, other: RowDecoder) -> bool:
         """Do both read the very same weights, but for adapters (`lora.same_base`)? Then one forward does for both."""
-        if len(self._layers) != len(other._layers) or self._eps != other._eps:
+        if len(self._layers) != len(other._layers) or self._numbers() != other._numbers():
             return False
         return all(mine is its for mine, its in zip(self._base(), other._base(), strict=True))
+
+    def _numbers(self) -> tuple[float, ...]:
+        return (self._eps, *(layer.scale for layer in self._layers))
 
     def _base(self) -> Iterator[Tensor | None]:
         yield from (self._decoder.embed_tokens.weight, self._decoder.norm.weight)
@@ -171,14 +177,14 @@ def logits_of(rows: Sequence[DecoderRows]) -> list[Tensor]:
     )
     own_slots, own_positions = slots.split(counts), positions.split(counts)
     hidden: Tensor = first._decoder.embed_tokens(ids)
-    scale, last = first._layers[0].scale, len(first._layers) - 1
+    last = len(first._layers) - 1
     for index, layer in enumerate(first._layers):
         tenants = [
             one.decoder._tenant(index, *of_one)
             for one, *of_one in zip(rows, counts, own_slots, own_positions, strict=True)
         ]
         passing = due if index == last else None  # what follows is read of these only
-        hidden = layer_rows(hidden, layer.weights(), tenants, eps=first._eps, scale=scale, due=passing)
+        hidden = layer_rows(hidden, layer.weights(), tenants, eps=first._eps, scale=layer.scale, due=passing)
     hidden = norm_rows(hidden, first._decoder.norm.weight, first._eps)
     head, size = _plain(first._lm_head), max(one.decoder._vocab_size for one in rows)
     logits = linear_rows(hidden, head.weight[:size], None if head.bias is None else head.bias[:size])

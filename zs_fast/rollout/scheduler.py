@@ -6,7 +6,7 @@ Nothing here touches a model or a tensor.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from zs_fast.errors import EngineError
@@ -45,6 +45,10 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.sampled_ids)
+
+
+Scheduled = tuple[Request, list[tuple[int, int]]]
+"""A request and its pieces (start, end) of a forward."""
 
 
 class Scheduler:
@@ -133,11 +137,19 @@ class Scheduler:
                 context.token_ids, context.bounds = [], [0]
         self._left.clear()
 
-    def next_pieces(self) -> list[tuple[Request, list[tuple[int, int]]]]:
-        """The requests of the next forward, each with its pieces (start, end); slots are given out first."""
+    def next_pieces(self) -> list[Scheduled]:
+        """The requests of the next forward, each with its pieces; slots are given out first."""
         self._clock += 1
         self._admit()
         return self._schedule()
+
+    def put_back(self, scheduled: Iterable[Scheduled]) -> None:
+        """The forward of these pieces failed: they are still to be computed."""
+        for request, pieces in scheduled:
+            context, start = request.context, pieces[0][0]
+            request.plan.extendleft(reversed(pieces))
+            context.bounds = [end for end in context.bounds if end <= start]
+            del context.token_ids[start:]
 
     def finish(self, request: Request) -> None:
         """Its slot is free, or kept with what was computed where the context may go on."""
@@ -250,7 +262,7 @@ class Scheduler:
             self._left[context.slot] = context.token_ids
             context.slot = None
 
-    def _schedule(self) -> list[tuple[Request, list[tuple[int, int]]]]:
+    def _schedule(self) -> list[Scheduled]:
         """Pieces of this step: one sampled token of each running sequence, and prompts up to PREFILL_TOKENS."""
         scheduled = []
         budget = PREFILL_TOKENS

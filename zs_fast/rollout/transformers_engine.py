@@ -23,14 +23,14 @@ from zs_fast.rollout.fixed_blocks import FixedBlocks, round_up_rows
 from zs_fast.rollout.kv_slots import KvSlots, Piece, SlotAttention
 from zs_fast.rollout.row_decoder import DecoderRows, RowDecoder, logits_of, why_not
 from zs_fast.rollout.sampler import sample_tokens
-from zs_fast.rollout.scheduler import Request, Scheduler
+from zs_fast.rollout.scheduler import Request, Scheduled, Scheduler
 from zs_fast.rollout.stop import StopStrings, eos_token_ids
 from zs_fast.rollout.watch import EngineWatcher, Row
 from zs_fast.search.codec import Codec
 from zs_fast.types import Completion, FinishReason, Role, Sampling
 
-Scheduled = tuple[Request, list[tuple[int, int]]]
-"""A request and its pieces of this step."""
+Drawn = tuple[Request, int, float]
+"""A request, its next token, and that one's log-probability."""
 
 
 class TransformersEngine:
@@ -250,23 +250,26 @@ class _Lane:
         self.scheduler.add(request_id, prompt_ids, sampling, cache_salt, version)
 
     def schedule(self) -> list[Scheduled]:
-        """What can advance now; the slots have room for it."""
+        """What can advance now."""
         if self.scheduler.num_waiting:
             self.slots.allocate()
-        scheduled = self.scheduler.next_pieces()
-        if scheduled:
-            self._steps += 1
-            self.slots.reserve(max(pieces[-1][1] for _, pieces in scheduled))
-        return scheduled
+        return self.scheduler.next_pieces()
+
+    def make_room(self, scheduled: list[Scheduled]) -> None:
+        """For the keys and values of the tokens that were scheduled."""
+        self.slots.reserve(max(pieces[-1][1] for _, pieces in scheduled))
 
     def shares_forwards_with(self, other: _Lane) -> bool:
         """Do the row operators compute both, over the same base weights?"""
         return self._rows is not None and other._rows is not None and self._rows.stands_on_the_base_of(other._rows)
 
-    def rows_of(self, scheduled: list[Scheduled]) -> DecoderRows | None:
-        """For `logits_of`; None where the lane's forwards are its module's own."""
-        if self._rows is None:
-            return None
+    @property
+    def by_rows(self) -> bool:
+        return self._rows is not None
+
+    def feed_rows(self, scheduled: list[Scheduled]) -> DecoderRows:
+        """The tokens that were scheduled, which their contexts hold from now on, for `logits_of`."""
+        assert self._rows is not None
         rows = DecoderRows(decoder=self._rows, input_ids=[], slots=[], positions=[], due=[])
         for request, bounds in scheduled:
             slot = request.context.slot
@@ -279,21 +282,26 @@ class _Lane:
                 rows.due.append(len(rows.input_ids) - 1)
         return rows
 
-    def logits(self, scheduled: list[Scheduled]) -> Tensor:
-        """[R, tokenizer's vocabulary] of the requests that are due, by the module itself."""
+    def feed_module(self, scheduled: list[Scheduled]) -> Tensor:
+        """The same into the module itself: logits [R, tokenizer's vocabulary] of the requests that are due."""
         with self._blocks.active() if self._blocks else nullcontext():
             return self._forward(scheduled, _due(scheduled))
 
-    def sample(self, scheduled: list[Scheduled], logits: Tensor) -> list[Completion]:
-        """A token for each request that is due; what finished with it."""
+    def draw(self, scheduled: list[Scheduled], logits: Tensor) -> list[Drawn]:
+        """A token for each request that is due."""
         due = _due(scheduled)
         if not due:
             return []
         ids, logprobs = sample_tokens(
             logits, [request.sampling for request in due], [len(request.sampled_ids) for request in due]
         )
+        return list(zip(due, ids.tolist(), logprobs.tolist(), strict=True))
+
+    def take(self, drawn: list[Drawn]) -> list[Completion]:
+        """The requests go on with their tokens; what finished with it."""
+        self._steps += 1
         completions = []
-        for request, token, logprob in zip(due, ids.tolist(), logprobs.tolist(), strict=True):
+        for request, token, logprob in drawn:
             reason = self._append(request, token, logprob)
             if reason is not None:
                 completions.append(self._finish(request, reason))
@@ -380,15 +388,27 @@ def _step(lanes: Sequence[_Lane], watcher: EngineWatcher | None) -> list[Complet
             stack.enter_context(_eval_mode(lane.model))
             if watcher is not None:
                 stack.enter_context(watcher.forward(lane.role, _rows(scheduled)))
-        rows = [one for lane, scheduled in work if (one := lane.rows_of(scheduled)) is not None]
-        logits = logits_of(rows) if rows else [lane.logits(scheduled) for lane, scheduled in work]
-        completions = [
-            one for (lane, scheduled), own in zip(work, logits, strict=True) for one in lane.sample(scheduled, own)
-        ]
+        try:
+            drawn = _forward_and_draw(work)
+        except BaseException:
+            for lane, scheduled in work:
+                lane.scheduler.put_back(scheduled)
+            raise
+        completions = [one for lane, of_lane in drawn for one in lane.take(of_lane)]
     if watcher is not None:
         for completion in completions:
             watcher.finished(completion.role, completion.request_id, len(completion.token_ids))
     return completions
+
+
+def _forward_and_draw(work: Sequence[tuple[_Lane, list[Scheduled]]]) -> list[tuple[_Lane, list[Drawn]]]:
+    for lane, scheduled in work:
+        lane.make_room(scheduled)
+    if all(lane.by_rows for lane, _ in work):
+        logits = logits_of([lane.feed_rows(scheduled) for lane, scheduled in work]) if work else []
+    else:
+        logits = [lane.feed_module(scheduled) for lane, scheduled in work]
+    return [(lane, lane.draw(scheduled, own)) for (lane, scheduled), own in zip(work, logits, strict=True)]
 
 
 def _due(scheduled: Sequence[Scheduled]) -> list[Request]:

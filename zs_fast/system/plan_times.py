@@ -86,9 +86,7 @@ def phase_floors(config: RunConfig, hardware: Hardware, work: Workload) -> dict[
         other = shape_of(simulator.path) if simulator.kind == "model" else policy
         writing.append(_decode(other, item, calls, work.answered, work.asked + work.answered, slots))
         rollout += _forward(other, calls * work.asked, 0, hardware)
-        if simulator.kind == "policy" and policy_rank(
-            config
-        ):  # one base: the rows of both pass by its weights together
+        if simulator.kind == "policy" and _shares_forwards(config, hardware):
             writing = [_together(*writing)]
     rollout += sum(one.seconds(hardware) for one in writing)
     one = _forward(policy, number * work.computed, number * work.written, hardware, context=work.context)
@@ -108,6 +106,15 @@ def _attention_flop(shape: Shape, tokens: float, context: float) -> float:
 def _forward(shape: Shape, tokens: float, head_tokens: float, hardware: Hardware, *, context: float = 0.0) -> float:
     flop = 2.0 * shape.linear_parameters * tokens + 2.0 * shape.head_parameters * head_tokens
     return (flop + _attention_flop(shape, tokens, context)) / hardware.flop_per_s
+
+
+def _shares_forwards(config: RunConfig, hardware: Hardware) -> bool:
+    """Do the rows of two roles on one base pass by its weights together? vLLM's always do, the embedded engine's by the
+    row operators."""
+    by_rows = (
+        not hardware.is_cuda and config.engine.batch_invariant is not False and config.model.quantization == "none"
+    )
+    return bool(policy_rank(config)) and (config.engine.kind == "vllm" or by_rows)
 
 
 class _Decode(NamedTuple):
