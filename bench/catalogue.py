@@ -162,5 +162,14 @@ CASES: dict[str, Entry] = {
         {"S": 256, "T": 2048},
         {"S": 1024, "T": 4096},
     ),
+    **{
+        f"row_products_{M}": Entry(
+            token.row_products,
+            ("test_decoder_rows.py",),
+            {"M": M, "K": 80, "N": 300},
+            {"M": M, "K": SMOLLM["H"], "N": SMOLLM["V"]},
+        )
+        for M in (1, 4, 8, 32)
+    },
     "value_loss": Entry(token.values, ("test_value_loss*.py",), {"N": 512}, {"N": 256 * 2048}, {"N": 1 << 22}),
 }

@@ -1,4 +1,4 @@
-"""The cases on logits, token log-probabilities, rewards and values."""
+"""The cases on logits, token log-probabilities, rewards and values, and on the products of a decode step."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from bench.peers import Variants, find
 from zs_kernels import _cuda
 from zs_kernels._policy_epilogue import _policy_epilogue_triton
 from zs_kernels._policy_terms import PolicyLossSettings
+from zs_kernels.decoder_rows import linear_rows
 
 EXACT_ROWS = 64
 EAGER, COMPILED = "eager", "torch.compile(eager)"
@@ -341,3 +342,22 @@ def values(device: str, name: str, N: int) -> Case:
         name, f"{N} float32", variants, device, exact=lambda: eager(new.detach().double().requires_grad_()),
         tolerance=1e-4, bytes=20.0 * N,
     )  # fmt: skip
+
+
+def row_products(device: str, name: str, M: int, K: int, N: int) -> Case:
+    """A decode step's product of M rows with weights that come from memory."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, weight = (torch.randn(rows, K, generator=generator, device=device) for rows in (M, N))
+    variants: dict[str, Callable[[], Any]] = {
+        "torch linear": lambda: {"product": torch.nn.functional.linear(x, weight)},
+        "linear_rows": lambda: {"product": linear_rows(x, weight)},
+    }
+    return Case(
+        name,
+        f"{M}x{K} by {N}x{K} float32",
+        variants,
+        device,
+        exact=lambda: {"product": x.double() @ weight.double().T},
+        tolerance=1e-5,
+        bytes=4.0 * (N * K + M * K + M * N),
+    )

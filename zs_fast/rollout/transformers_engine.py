@@ -249,11 +249,10 @@ class _Lane:
             )
         self.scheduler.add(request_id, prompt_ids, sampling, cache_salt, version)
 
-    def schedule(self) -> list[Scheduled]:
-        """What can advance now."""
+    def allocate(self) -> None:
+        """The slots, where requests wait for some."""
         if self.scheduler.num_waiting:
             self.slots.allocate()
-        return self.scheduler.next_pieces()
 
     def make_room(self, scheduled: list[Scheduled]) -> None:
         """For the keys and values of the tokens that were scheduled."""
@@ -382,7 +381,11 @@ def _step(lanes: Sequence[_Lane], watcher: EngineWatcher | None) -> list[Complet
     """One forward for everything of these lanes that can advance; what finished with it."""
     # Not torch.inference_mode: a module may keep a tensor made in here (rotary tables), and a later backward would
     # refuse it.
-    work = [(lane, scheduled) for lane in lanes if (scheduled := lane.schedule())]
+    for lane in lanes:
+        lane.allocate()
+    work = [(lane, scheduled) for lane in lanes if (scheduled := lane.scheduler.next_pieces())]
+    if not work:
+        return []
     with ExitStack() as stack:
         for lane, scheduled in work:
             stack.enter_context(_eval_mode(lane.model))
@@ -405,7 +408,7 @@ def _forward_and_draw(work: Sequence[tuple[_Lane, list[Scheduled]]]) -> list[tup
     for lane, scheduled in work:
         lane.make_room(scheduled)
     if all(lane.by_rows for lane, _ in work):
-        logits = logits_of([lane.feed_rows(scheduled) for lane, scheduled in work]) if work else []
+        logits = logits_of([lane.feed_rows(scheduled) for lane, scheduled in work])
     else:
         logits = [lane.feed_module(scheduled) for lane, scheduled in work]
     return [(lane, lane.draw(scheduled, own)) for (lane, scheduled), own in zip(work, logits, strict=True)]
