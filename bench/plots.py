@@ -77,8 +77,9 @@ def picture(found: Results) -> bytes:
 
 
 def newest(results: Sequence[Mapping[str, Any]], *, trace: bool) -> Mapping[str, Any] | None:
-    """The newest whole step at forced lengths, or at those that were played."""
-    return next((one for one in reversed(results) if bool(one.get("trace")) == trace), None)
+    """The newest whole step at forced lengths, or at those that were played, of those in the most ways."""
+    fitting = [one for one in reversed(results) if bool(one.get("trace")) == trace]
+    return max(fitting, key=lambda one: len(one["ways"]), default=None)
 
 
 def timings(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
@@ -108,13 +109,17 @@ def steps(axes: Axes, summary: Mapping[str, Any] | None, title: str) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("CPU seconds, one thread" if summary["clock"] == "cpu_seconds" else "seconds")
     axes.legend(frameon=False, fontsize=8, loc="upper right")
-    model = str(summary["models"]["policy"]).rpartition("/")[2]
-    _titled(axes, f"{title}: {model}, {summary['workload']['trajectories']} trajectories\n{_machine(summary)}")
+    model = str(summary["models"]["policy"]).rpartition("/")[2].removeprefix("package:")
+    if rank := summary.get("overrides", {}).get("model.lora_rank"):
+        model += f", adapter of rank {rank[0]}"
+    _titled(axes, f"{title}, {summary['workload']['trajectories']} trajectories\n{model}; {_machine(summary)}")
 
 
 def operations(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
-    """How near each operation comes to its floor, ours and two others: those of the newest run's machine."""
+    """How near each operation comes to its floor, ours and two others: those of the machine of the newest run that has
+    any."""
     title = "Operations: share of the floor"
+    results = [one for one in results if any(row["case"] in OPERATIONS for row in one["timings"])]
     here = [one for one in results if _machine(one) == _machine(results[-1])]
     rows = timings(here)
     labels, shares, colours = [], [], []

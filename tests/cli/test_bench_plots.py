@@ -41,6 +41,9 @@ def test_the_newest_of_each_kind_is_taken(tmp_path):
     found = plots.read([tmp_path])["end_to_end"]
     assert plots.newest(found, trace=False)["time"] == "2026-02"
     assert plots.newest(found, trace=True)["time"] == "2026-03"
+    fewer = step("2026-04", trace="t.json")
+    del fewer["ways"]["trl"]
+    assert plots.newest([*found, fewer], trace=True)["time"] == "2026-03", "a run in more ways says more"
     assert plots.picture({"end_to_end": found, "ops": [], "scaling": []}).startswith(b"\x89PNG")
 
 
