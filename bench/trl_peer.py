@@ -28,11 +28,12 @@ from torch import Tensor
 from bench import peers
 from bench.turns import TurnGame
 from zs_fast.errors import EngineError
-from zs_fast.models.load import LoadedModel, load_model, whole_model
+from zs_fast.models.load import LoadedModel, load_model
 from zs_fast.rollout.engine import LocalEngine
 from zs_fast.search.backends import SearchBackend
 from zs_fast.search.codec import Codec
 from zs_fast.search.simulator import SimulatedSearch
+from zs_fast.setup import simulator_name
 from zs_fast.system.memory import Memory, Phase
 from zs_fast.types import Completion, Group, Role, Sampling
 
@@ -328,7 +329,7 @@ class TrlPeer:
     def _simulator_model(self) -> LoadedModel:
         if self.simulator is None:
             config = self.stage.config
-            path = config.simulator.path if config.simulator.kind == "model" else whole_model(config.model.path)
+            path = simulator_name(config, training=True, policy=self.stage.policy)
             self.simulator = load_model(path, dtype=config.model.dtype, device=self.stage.device)
         return self.simulator  # type: ignore[no-any-return]
 

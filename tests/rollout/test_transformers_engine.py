@@ -57,6 +57,13 @@ def prompt(seed: int, length: int) -> list[int]:
     return [draws.randrange(256) for _ in range(length)]
 
 
+def fill_adapter(loaded: LoadedModel, *, std: float, seed: int = 0) -> None:
+    """As if it were trained: a new one adds nothing."""
+    for name, parameter in loaded.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std, generator=torch.Generator().manual_seed(len(name) + seed))
+
+
 def reference_logprobs(loaded: LoadedModel, ids: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
     """Row t: log-probabilities of token t + 1 by transformers' own eager attention on a copy of the weights."""
     model = loaded.model
@@ -196,9 +203,7 @@ def test_row_operators_write_what_the_blocks_write(dtype, adapter):
     )
     if adapter:
         attach_adapter(loaded.model, 3, seed=1)
-        for name, parameter in loaded.model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(name)))
+        fill_adapter(loaded, std=0.2)
     turns = [(prompt(turn, 1 + 40 * turn), Sampling(max_new_tokens=8, temperature=0.0)) for turn in range(3)]
     found = []
     for row_operators in (True, False):
@@ -227,9 +232,7 @@ def test_an_adapter_that_comes_later_is_sampled_from_once_weights_are_published(
 
     before = written(engine)
     attach_adapter(loaded.model, 3, seed=1)
-    for name, parameter in loaded.model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(len(name)))
+    fill_adapter(loaded, std=0.5)
     engine.publish(1)
     after, fresh = written(engine), written(engine_for(loaded, row_operators=True))
     assert (after.token_ids, after.logprobs) == (fresh.token_ids, fresh.logprobs)
@@ -571,10 +574,7 @@ def on_one_base(seed: int = 1) -> dict[Role, LoadedModel]:
     simulator = on_same_base(policy)
     attach_adapter(simulator.model, 5, targets=("v_proj", "down_proj", "gate_proj"), seed=2)
     for number, loaded in enumerate((policy, simulator)):
-        for name, parameter in loaded.model.named_parameters():
-            if "lora_B" in name:
-                generator = torch.Generator().manual_seed(len(name) + number)
-                torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+        fill_adapter(loaded, std=0.3, seed=number)
     return {POLICY: policy, SIMULATOR: simulator, Role.REFERENCE: on_same_base(policy)}
 
 

@@ -40,10 +40,14 @@ class Context:
             shared = limit
         else:
             shared = next(i for i in range(limit) if self.token_ids[i] != prompt_ids[i])
-        while self.bounds[-1] > shared:
+        self.cut(shared)
+        return len(self.token_ids)
+
+    def cut(self, num_tokens: int) -> None:
+        """Forget every piece that ends after `num_tokens`."""
+        while self.bounds[-1] > num_tokens:
             self.bounds.pop()
         del self.token_ids[self.bounds[-1] :]
-        return len(self.token_ids)
 
     def pieces(self) -> list[tuple[int, int]]:
         return list(zip(self.bounds[:-1], self.bounds[1:], strict=True))

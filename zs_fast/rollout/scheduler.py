@@ -146,10 +146,8 @@ class Scheduler:
     def put_back(self, scheduled: Iterable[Scheduled]) -> None:
         """The forward of these pieces failed: they are still to be computed."""
         for request, pieces in scheduled:
-            context, start = request.context, pieces[0][0]
             request.plan.extendleft(reversed(pieces))
-            context.bounds = [end for end in context.bounds if end <= start]
-            del context.token_ids[start:]
+            request.context.cut(pieces[0][0])
 
     def finish(self, request: Request) -> None:
         """Its slot is free, or kept with what was computed where the context may go on."""

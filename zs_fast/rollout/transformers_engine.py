@@ -284,7 +284,7 @@ class _Lane:
     def feed_module(self, scheduled: list[Scheduled]) -> Tensor:
         """The same into the module itself: logits [R, tokenizer's vocabulary] of the requests that are due."""
         with self._blocks.active() if self._blocks else nullcontext():
-            return self._forward(scheduled, _due(scheduled))
+            return self._forward(scheduled)
 
     def draw(self, scheduled: list[Scheduled], logits: Tensor) -> list[Drawn]:
         """A token for each request that is due."""
@@ -306,7 +306,8 @@ class _Lane:
                 completions.append(self._finish(request, reason))
         return completions
 
-    def _forward(self, scheduled: list[Scheduled], due: list[Request]) -> Tensor:
+    def _forward(self, scheduled: list[Scheduled]) -> Tensor:
+        due = _due(scheduled)
         pieces = []
         tokens: dict[Piece, list[int]] = {}
         for request, bounds in scheduled:
