@@ -206,7 +206,8 @@ enum Weight {
 };
 // Products that may have an adapter, in the order of Adapters there.
 enum Product { kOnQ, kOnK, kOnV, kOnO, kOnGate, kOnUp, kOnDown, kProducts };
-constexpr size_t kPlaces = 6;  // cos, sin, slots, positions, keys, values
+// Where a tenant's tokens are, in the order of Places there.
+enum Place { kCos, kSin, kSlots, kPositions, kKeys, kValues, kPlaces };
 
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 
@@ -324,11 +325,12 @@ void layer_of_tenants(Tensor x, OptionalTensors weights, std::vector<int64_t> te
   char* to = static_cast<char*>(out.mutable_data_ptr());
   std::vector<int64_t> places_of(2 * passing);
   for (const Tenant& one : tenants) {
-    const Tensor &keys = one.places[4], &values = one.places[5];
-    const zs::AttentionRows at = attention(x, one.tokens, width, keys, values, one.places[2], one.places[3]);
+    const Tensor &keys = one.places[kKeys], &values = one.places[kValues];
+    const zs::AttentionRows at = attention(x, one.tokens, width, keys, values, one.places[kSlots],
+                                          one.places[kPositions]);
     STD_TORCH_CHECK(kv_width == at.kv_heads * at.head_dim, "zs_native: the layer's weights do not fit each other");
-    zs::RotateRows turn = rotation(x, at, one.tokens, one.places[0], one.places[1], weights[kQNorm], weights[kKNorm],
-                                   eps, keys, values);
+    zs::RotateRows turn = rotation(x, at, one.tokens, one.places[kCos], one.places[kSin], weights[kQNorm],
+                                   weights[kKNorm], eps, keys, values);
     char* const q_rows = q + one.first * width * item;
     char* const kv_rows = kv + one.first * 2 * kv_width * item;
     turn.q = q_rows, turn.q_stride = width;
